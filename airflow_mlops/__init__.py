@@ -1,0 +1,3 @@
+"""Airflow provider for continuous training of machine-learning models."""
+
+__version__ = "0.1.0"
