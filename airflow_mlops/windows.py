@@ -69,7 +69,9 @@ def resolve_window(context: Mapping[str, Any], start: Any = None, end: Any = Non
     if start is not None and end is not None:
         return Window(parse_instant(start, "window start"), parse_instant(end, "window end"))
     if start is not None or end is not None:
-        raise InvalidInputError(f"only one end of the window is given (start={start!r}, end={end!r}); give both or none")
+        raise InvalidInputError(
+            f"only one end of the window is given (start={start!r}, end={end!r}); give both or none"
+        )
     first, last = context.get("data_interval_start"), context.get("data_interval_end")
     if first is not None and last is not None:
         return Window(parse_instant(first), parse_instant(last))

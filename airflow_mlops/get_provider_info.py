@@ -1,0 +1,134 @@
+"""What Airflow reads about this provider while it starts: metadata only, nothing imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SYSTEMS = {
+    "Ray": ("ray", "https://docs.ray.io/"),
+    "Feast": ("feast", "https://docs.feast.dev/"),
+    "MLflow": ("mlflow", "https://mlflow.org/docs/latest/"),
+    "DVC": ("dvc", "https://dvc.org/doc"),
+    "Evidently": ("drift", "https://docs.evidentlyai.com/"),
+    "Ray Serve": ("canary", "https://docs.ray.io/en/latest/serve/"),
+}
+
+
+def _modules(kind: str, names: dict[str, list[str]]) -> list[dict[str, Any]]:
+    return [
+        {"integration-name": system, "python-modules": [f"airflow_mlops.{kind}.{name}" for name in modules]}
+        for system, modules in names.items()
+    ]
+
+
+def _field(label: str, description: str, *, secret: bool = False, kind: str = "string") -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": [kind, "null"]}
+    if secret:
+        schema["format"] = "password"
+    return {"label": label, "description": description, "schema": schema}
+
+
+def get_provider_info() -> dict[str, Any]:
+    """The provider's metadata, in the form of Airflow's ``provider_info.schema.json``."""
+    return {
+        "package-name": "airflow-mlops",
+        "name": "MLOps",
+        "description": "Continuous training: drift, features, training on Ray, gate, registry, canary.",
+        "integrations": [
+            {"integration-name": system, "external-doc-url": url, "tags": ["ml"]}
+            for system, (_, url) in _SYSTEMS.items()
+        ],
+        "operators": _modules(
+            "operators",
+            {
+                "Ray": ["ray"],
+                "Feast": ["feast"],
+                "MLflow": ["mlflow", "gate"],
+                "DVC": ["dvc"],
+                "Ray Serve": ["canary"],
+            },
+        ),
+        "sensors": _modules("sensors", {"Evidently": ["drift"]}),
+        "hooks": _modules(
+            "hooks",
+            {"Ray": ["ray"], "Feast": ["feast"], "MLflow": ["mlflow"], "DVC": ["dvc"], "Ray Serve": ["ray_serve"]},
+        ),
+        "triggers": _modules("triggers", {"Ray": ["ray"], "Evidently": ["drift"], "Ray Serve": ["canary"]}),
+        "task-decorators": [{"name": "ray_train", "class-name": "airflow_mlops.decorators.ray.ray_train_task"}],
+        "extra-links": [
+            "airflow_mlops.links.RayDashboardLink",
+            "airflow_mlops.links.MlflowRunLink",
+            "airflow_mlops.links.ReportLink",
+        ],
+        "connection-types": [
+            {
+                "connection-type": "ray",
+                "hook-class-name": "airflow_mlops.hooks.ray.RayJobsHook",
+                "hook-name": "Ray cluster",
+                "conn-fields": {
+                    "serve_url": _field("Serve URL", "Where Ray Serve answers requests, for example http://ray:8000")
+                },
+                "ui-field-behaviour": {
+                    "hidden-fields": ["schema", "login", "extra"],
+                    "relabeling": {"host": "Dashboard URL", "password": "Token"},
+                    "placeholders": {
+                        "host": "http://127.0.0.1:8265",
+                        "password": "RAY_AUTH_TOKEN, if the cluster has one",
+                    },
+                },
+            },
+            {
+                "connection-type": "feast",
+                "hook-class-name": "airflow_mlops.hooks.feast.FeastHook",
+                "hook-name": "Feast repository",
+                "conn-fields": {"repo_path": _field("Repository", "Folder with feature_store.yaml, on the worker")},
+                "ui-field-behaviour": {"hidden-fields": ["host", "schema", "login", "password", "port", "extra"]},
+            },
+            {
+                "connection-type": "mlflow",
+                "hook-class-name": "airflow_mlops.hooks.mlflow.MlflowHook",
+                "hook-name": "MLflow",
+                "conn-fields": {
+                    "tracking_uri": _field(
+                        "Tracking URI", "http(s)://..., sqlite:///... or a database URI; wins over the host"
+                    )
+                },
+                "ui-field-behaviour": {
+                    "hidden-fields": ["schema", "extra"],
+                    "relabeling": {"host": "Tracking server", "login": "User", "password": "Password or token"},
+                    "placeholders": {"host": "https://mlflow.example.com"},
+                },
+            },
+            {
+                "connection-type": "dvc_remote",
+                "hook-class-name": "airflow_mlops.hooks.dvc.DvcHook",
+                "hook-name": "DVC remote",
+                "conn-fields": {"url": _field("Remote URL", "A folder or s3://bucket/prefix")},
+                "ui-field-behaviour": {"hidden-fields": ["schema", "port", "extra"]},
+            },
+        ],
+        "config": {
+            "mlops": {
+                "description": "Settings of the airflow-mlops provider and of the Dags that come with it.",
+                "options": {
+                    "root": {
+                        "description": "Folder or URI under which the example Dags keep data, features, runs and reports.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "s3://ml-platform/flights",
+                        "default": "~/airflow-mlops",
+                    },
+                    "tracking_uri": {
+                        "description": (
+                            "MLflow's tracking URI where neither the operator nor an Airflow connection names one. "
+                            "Empty: the environment variable MLFLOW_TRACKING_URI."
+                        ),
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "https://mlflow.example.com",
+                        "default": "",
+                    },
+                },
+            }
+        },
+    }
