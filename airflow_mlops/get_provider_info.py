@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 _SYSTEMS = {
-    "Ray": ("ray", "https://docs.ray.io/"),
-    "Feast": ("feast", "https://docs.feast.dev/"),
-    "MLflow": ("mlflow", "https://mlflow.org/docs/latest/"),
-    "DVC": ("dvc", "https://dvc.org/doc"),
-    "Evidently": ("drift", "https://docs.evidentlyai.com/"),
-    "Ray Serve": ("canary", "https://docs.ray.io/en/latest/serve/"),
+    "Ray": "https://docs.ray.io/",
+    "Feast": "https://docs.feast.dev/",
+    "MLflow": "https://mlflow.org/docs/latest/",
+    "DVC": "https://dvc.org/doc",
+    "Evidently": "https://docs.evidentlyai.com/",
+    "Ray Serve": "https://docs.ray.io/en/latest/serve/",
 }
 
 
@@ -35,8 +35,7 @@ def get_provider_info() -> dict[str, Any]:
         "name": "MLOps",
         "description": "Continuous training: drift, features, training on Ray, gate, registry, canary.",
         "integrations": [
-            {"integration-name": system, "external-doc-url": url, "tags": ["ml"]}
-            for system, (_, url) in _SYSTEMS.items()
+            {"integration-name": system, "external-doc-url": url, "tags": ["ml"]} for system, url in _SYSTEMS.items()
         ],
         "operators": _modules(
             "operators",
@@ -88,11 +87,7 @@ def get_provider_info() -> dict[str, Any]:
                 "connection-type": "mlflow",
                 "hook-class-name": "airflow_mlops.hooks.mlflow.MlflowHook",
                 "hook-name": "MLflow",
-                "conn-fields": {
-                    "tracking_uri": _field(
-                        "Tracking URI", "http(s)://..., sqlite:///... or a database URI; wins over the host"
-                    )
-                },
+                "conn-fields": {"tracking_uri": _field("Tracking URI", "A server or database URI; wins over the host")},
                 "ui-field-behaviour": {
                     "hidden-fields": ["schema", "extra"],
                     "relabeling": {"host": "Tracking server", "login": "User", "password": "Password or token"},
@@ -112,10 +107,10 @@ def get_provider_info() -> dict[str, Any]:
                 "description": "Settings of the airflow-mlops provider and of the Dags that come with it.",
                 "options": {
                     "root": {
-                        "description": "Folder or URI under which the example Dags keep data, features, runs and reports.",
+                        "description": "Folder under which the example Dags keep data, features, runs and reports.",
                         "version_added": "0.1.0",
                         "type": "string",
-                        "example": "s3://ml-platform/flights",
+                        "example": "/data/mlops",
                         "default": "~/airflow-mlops",
                     },
                     "tracking_uri": {

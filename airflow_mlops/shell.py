@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from airflow.sdk.exceptions import AirflowFailException
 
@@ -24,7 +25,7 @@ def permanent_errors_fail() -> Iterator[None]:
         raise AirflowFailException(str(error)) from error
 
 
-def log_table(header: list[str], rows: list[list[object]]) -> str:
+def log_table(header: list[str], rows: list[list[Any]]) -> str:
     """``rows`` under ``header`` as aligned text for a task log."""
     cells = [[str(value) for value in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
