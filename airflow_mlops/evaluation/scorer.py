@@ -1,0 +1,150 @@
+"""Load a model artifact without unpickling anything, and turn its answer into probabilities."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow_mlops.exceptions import DataError, InvalidInputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".joblib", ".skops", ".dill", ".cloudpickle"})
+HOW_TO_STORE = (
+    "Loading it would run whatever code the file holds. Save the model in a format that is only data: "
+    "mlflow.xgboost or mlflow.lightgbm with a native Booster, ONNX, torch with serialization_format='pt2', or an "
+    "MLflow model from code."
+)
+
+
+def pickled_files(model_dir: str | Path) -> list[str]:
+    """The files under ``model_dir`` that are pickles, by name or by their first bytes, as relative paths."""
+    root = Path(model_dir)
+    found = []
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            head = file.read(2)
+        if path.suffix.lower() in PICKLE_SUFFIXES or (len(head) == 2 and head[0] == 0x80 and head[1] <= 5):
+            found.append(str(path.relative_to(root)))
+    return found
+
+
+@contextmanager
+def pickle_forbidden() -> Iterator[None]:
+    """While inside, MLflow refuses every flavour that deserialises code."""
+    name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def load(model_dir: str | Path) -> Any:
+    """The ``mlflow.pyfunc`` model stored in the local folder ``model_dir``.
+
+    :raises InvalidInputError: there is no MLflow model, or it is stored in a format that runs code when loaded
+    """
+    if not (Path(model_dir) / "MLmodel").is_file():
+        raise InvalidInputError(
+            f"{model_dir} holds no MLflow model (no file MLmodel); give the folder that mlflow's save_model wrote"
+        )
+    if pickles := pickled_files(model_dir):
+        raise InvalidInputError(f"the model in {model_dir} is pickled ({', '.join(pickles[:3])}). {HOW_TO_STORE}")
+    from mlflow.exceptions import MlflowException
+    from mlflow.pyfunc import load_model
+
+    with pickle_forbidden():
+        try:
+            return load_model(str(model_dir))
+        except MlflowException as error:
+            if "MLFLOW_ALLOW_PICKLE_DESERIALIZATION" in str(error):
+                raise InvalidInputError(f"the model in {model_dir} is pickled. {HOW_TO_STORE}") from error
+            raise InvalidInputError(f"the model in {model_dir} cannot be loaded: {error}") from error
+
+
+def model_inputs(model: Any) -> list[str] | None:
+    """The named inputs of the model's signature, or None when it has none."""
+    schema = model.metadata.get_input_schema() if model.metadata is not None else None
+    return list(schema.input_names()) if schema is not None and schema.has_input_names() else None
+
+
+def predict_proba(model: Any, frame: pd.DataFrame, features: Sequence[str] | None = None) -> np.ndarray:
+    """The probability of the positive class for each row of ``frame``.
+
+    :param model: what :func:`load` returned; a classifier with ``predict_proba`` or a model that predicts
+        probabilities
+    :param frame: (n rows, columns); may hold more columns than the model needs and missing values (NaN)
+    :param features: the columns to pass, when the model's signature does not name them
+    :return: shape (n,), float64, each finite and in [0, 1]
+    :raises DataError: the frame lacks a feature, or holds one that is not numeric or is infinite
+    :raises InvalidInputError: neither a signature nor ``features`` names the inputs, or the model answers with
+        something else than one finite probability for each row
+    """
+    import numpy as np
+    import pandas as pd
+
+    names = model_inputs(model) or (list(features) if features else None)
+    if not names:
+        raise InvalidInputError("the model has no signature with named inputs; give `features`, or log it with one")
+    if missing := [name for name in names if name not in frame.columns]:
+        raise DataError(f"the data lacks {missing[:5]}, which the model needs; it has {list(frame.columns)[:20]}")
+    try:
+        inputs = frame[names].astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the model's features must be numeric: {error}") from error
+    infinite = np.isinf(inputs.to_numpy()).any(axis=0)
+    if infinite.any():
+        raise DataError(f"{[n for n, bad in zip(names, infinite) if bad][:5]} hold infinite values; make them missing")
+    if not len(inputs):
+        return np.empty(0)
+    raw = model.get_raw_model() if hasattr(model, "get_raw_model") else None
+    classify = getattr(raw, "predict_proba", None)
+    answer = classify(inputs) if classify is not None else model.predict(_as_signature(model, inputs))
+    values = answer.to_numpy() if isinstance(answer, pd.DataFrame | pd.Series) else np.asarray(answer)
+    if values.ndim == 2 and values.shape[1] in (1, 2):
+        values = values[:, -1]
+    if values.shape != (len(inputs),):
+        raise InvalidInputError(
+            f"the model answered with shape {values.shape} for {len(inputs)} rows; expected one probability a row"
+        )
+    if not np.issubdtype(values.dtype, np.floating):
+        raise InvalidInputError(
+            f"the model answers with {values.dtype} values, not probabilities; log a Booster, or a classifier with "
+            "pyfunc_predict_fn='predict_proba'"
+        )
+    values = values.astype(np.float64)
+    wrong = ~(np.isfinite(values) & (values >= 0) & (values <= 1))
+    if wrong.any():
+        raise InvalidInputError(
+            f"{int(wrong.sum())} of {len(values)} predictions are not probabilities (first: {values[wrong][0]}); "
+            "expected finite numbers from 0 to 1"
+        )
+    return values
+
+
+def _as_signature(model: Any, inputs: pd.DataFrame) -> pd.DataFrame:
+    """``inputs`` in the types the signature asks for: pyfunc refuses a float column where it logged an integer."""
+    import numpy as np
+    import pandas as pd
+
+    schema = model.metadata.get_input_schema() if model.metadata is not None else None
+    if schema is None or not schema.has_input_names():
+        return inputs
+    wanted = {name: kind.to_numpy() for name, kind in schema.input_types_dict().items()}
+    columns = {}
+    for name, values in inputs.items():
+        kind = np.dtype(wanted[name])
+        if kind.kind in "iu" and values.isna().any():
+            raise DataError(f"{name} has missing values but the model was logged with integers; log it as float64")
+        columns[name] = values.astype(kind)
+    return pd.DataFrame(columns, index=inputs.index)
