@@ -88,3 +88,16 @@ def read_json(uri: str) -> Any:
 def write_json(uri: str, value: Any) -> str:
     """Replace ``uri`` by ``value`` as JSON, keys sorted so that equal values are equal bytes; return ``uri``."""
     return write_bytes(uri, json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode())
+
+
+def list_files(folder: str, suffix: str = "") -> list[str]:
+    """The URIs of the files directly in ``folder`` whose names end in ``suffix``, sorted; none if it does not exist."""
+    if is_local(folder):
+        path = local_path(folder)
+        names = os.listdir(path) if os.path.isdir(path) else []
+        names = [name for name in names if os.path.isfile(os.path.join(path, name)) and not name.startswith(".tmp-")]
+    else:
+        fs, path = _filesystem(folder)
+        entries = fs.ls(path, detail=True) if fs.exists(path) else []
+        names = [entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file"]
+    return [join(folder, name) for name in sorted(names) if name.endswith(suffix)]

@@ -1,0 +1,71 @@
+"""Parsing is free: no module that a Dag file imports loads a heavy library."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import airflow_mlops
+
+PACKAGE = pathlib.Path(airflow_mlops.__file__).parent
+SHELL = [
+    ".".join(("airflow_mlops", *path.relative_to(PACKAGE).with_suffix("").parts))
+    for room in ("hooks", "operators", "sensors", "triggers", "decorators")
+    for path in sorted((PACKAGE / room).glob("*.py"))
+    if path.stem != "__init__"
+] + ["airflow_mlops.links", "airflow_mlops.shell", "airflow_mlops.windows"]
+HEAVY = [
+    "ray",
+    "mlflow",
+    "feast",
+    "evidently",
+    "pandas",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "pyarrow",
+    "duckdb",
+    "kubernetes",
+    "kubernetes_asyncio",
+    "boto3",
+    "dvc",
+    "dvc_data",
+    "torch",
+    "xgboost",
+    "lightgbm",
+    "datasketches",
+    "aiohttp",
+    "requests",
+    "fsspec",
+]
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level names of the modules in a fresh process after ``code``."""
+    report = "import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    result = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:airflow_mlops", "-c", f"{code}\n{report}"],
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def airflow_alone() -> set[str]:
+    return loaded("import airflow.sdk, airflow.triggers.base, airflow.sdk.bases.decorator")
+
+
+@pytest.mark.parametrize("room", ["all", *("operators", "sensors", "triggers")])
+def test_no_heavy_library_is_loaded(room, airflow_alone):
+    modules = SHELL if room == "all" else [name for name in SHELL if f".{room}." in name]
+    added = loaded("import airflow.sdk, airflow.triggers.base\n" + "\n".join(f"import {name}" for name in modules))
+    assert not (added - airflow_alone) & set(HEAVY)
+
+
+def test_the_core_runs_without_airflow():
+    rooms = ["drift", "evaluation", "rollout", "training", "features"]
+    assert "airflow" not in loaded("\n".join(f"import airflow_mlops.{room}" for room in rooms))

@@ -1,0 +1,87 @@
+"""What Airflow reads while it starts: one wrong key there stops every Airflow command."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+
+from airflow_mlops.get_provider_info import get_provider_info
+
+INFO = get_provider_info()
+
+
+def _classes(module: str, base: str) -> list[str]:
+    found = importlib.import_module(module)
+    return [n for n, c in vars(found).items() if isinstance(c, type) and c.__module__ == module and n.endswith(base)]
+
+
+def test_it_fits_airflows_own_schema():
+    import airflow
+
+    schema = json.loads((pathlib.Path(airflow.__file__).parent / "provider_info.schema.json").read_text())
+    jsonschema.validate(INFO, schema)
+
+
+def test_the_entry_point_names_it():
+    (entry,) = (
+        e
+        for e in importlib.metadata.entry_points(group="apache_airflow_provider")
+        if e.value.startswith("airflow_mlops")
+    )
+    assert entry.load()() == INFO
+
+
+def test_reading_it_imports_nothing_of_airflow():
+    code = "import sys, airflow_mlops.get_provider_info as g; g.get_provider_info(); print('airflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("kind", ["operators", "sensors", "hooks", "triggers"])
+def test_every_module_of_the_package_is_named_and_every_named_one_exists(kind):
+    named = {module for entry in INFO[kind] for module in entry["python-modules"]}
+    folder = pathlib.Path(importlib.import_module(f"airflow_mlops.{kind}").__file__).parent
+    there = {f"airflow_mlops.{kind}.{path.stem}" for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    assert named == there
+    known = {entry["integration-name"] for entry in INFO["integrations"]}
+    assert {entry["integration-name"] for entry in INFO[kind]} <= known
+
+
+@pytest.mark.parametrize("connection", INFO["connection-types"], ids=lambda c: c["connection-type"])
+def test_each_connection_type_has_a_hook_that_can_be_tested(connection):
+    module, name = connection["hook-class-name"].rsplit(".", 1)
+    hook = getattr(importlib.import_module(module), name)
+    assert hook.conn_type == connection["connection-type"]
+    assert hook.hook_name == connection["hook-name"]
+    assert hook.default_conn_name.startswith(connection["connection-type"].split("_")[0])
+    assert callable(hook.test_connection)
+    for field in connection["conn-fields"].values():
+        jsonschema.Draft7Validator.check_schema(field["schema"])
+
+
+def test_the_links_and_the_decorator_are_classes_that_exist():
+    for path in [*INFO["extra-links"], *(entry["class-name"] for entry in INFO["task-decorators"])]:
+        module, name = path.rsplit(".", 1)
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_airflow_lists_the_provider_with_its_hooks_and_decorator():
+    from airflow.providers_manager import ProvidersManager
+
+    manager = ProvidersManager()
+    assert "airflow-mlops" in manager.providers
+    assert {"ray", "feast", "mlflow", "dvc_remote"} <= set(manager.hooks)
+    assert "ray_train" in manager.taskflow_decorators
+    assert "airflow_mlops.links.RayDashboardLink" in manager.extra_links_class_names
+
+
+def test_the_config_section_has_defaults():
+    from airflow.sdk.configuration import conf
+
+    assert conf.get("mlops", "root") == INFO["config"]["mlops"]["options"]["root"]["default"]

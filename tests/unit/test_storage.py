@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+
+from airflow_mlops import storage
+from airflow_mlops.exceptions import ExternalSystemError
+
+
+@pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
+def test_what_is_written_is_read_and_listed(tmp_path, scheme):
+    folder = f"{scheme}{tmp_path}/a"
+    storage.write_json(storage.join(folder, "b", "x.json"), {"n": 1})
+    storage.write_bytes(storage.join(folder, "b", "y.bin"), b"12")
+    assert storage.read_json(f"{folder}/b/x.json") == {"n": 1}
+    assert storage.list_files(f"{folder}/b", ".json") == [f"{folder}/b/x.json"]
+    assert storage.exists(f"{folder}/b/y.bin") and not storage.exists(f"{folder}/b/z")
+    assert storage.list_files(f"{folder}/nowhere") == []
+
+
+def test_equal_values_are_equal_bytes(tmp_path):
+    first = storage.write_json(f"{tmp_path}/1.json", {"a": 1, "b": 2})
+    second = storage.write_json(f"{tmp_path}/2.json", {"b": 2, "a": 1})
+    assert storage.read_bytes(first) == storage.read_bytes(second)
+
+
+def test_a_value_that_json_has_not_leaves_the_old_file(tmp_path):
+    uri = storage.write_json(f"{tmp_path}/x.json", {"n": 1})
+    with pytest.raises(ValueError):
+        storage.write_json(uri, {"n": math.nan})
+    assert storage.read_json(uri) == {"n": 1}
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path, monkeypatch):
+    uri = storage.write_bytes(f"{tmp_path}/x", b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ExternalSystemError, match=r"No space left on device.*Free space"):
+        storage.write_bytes(uri, b"new")
+    assert os.listdir(tmp_path) == ["x"] and storage.read_bytes(uri) == b"old"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExternalSystemError, match=r"cannot write .*file/x"):
+        storage.write_bytes(f"{tmp_path}/file/x", b"")
