@@ -43,8 +43,17 @@ WEATHER_FEATURES = WEATHER_VALUES
 PLANE_FEATURES = ("plane_age", "engines", "seats")
 #: Known from the timetable when a prediction is asked for.
 REQUEST_FIELDS = ("sched_minute", "weekday", "distance", "sched_duration")
-#: What the on-demand view makes of the request fields.
-REQUEST_FEATURES = (*REQUEST_FIELDS, "hour_sin", "hour_cos", "weekend", "sched_speed")
+#: What the on-demand view makes of the request fields; other names, so that no join has two columns of one name.
+REQUEST_FEATURES = (
+    "dep_minute",
+    "dep_weekday",
+    "dep_weekend",
+    "dep_sin",
+    "dep_cos",
+    "route_miles",
+    "route_minutes",
+    "route_speed",
+)
 ENTITY_KEYS = ("carrier", "origin", "dest", "tailnum")
 #: Stands for a tail number that the timetable does not give; no plane of the registry has it.
 UNKNOWN_TAILNUM = "UNKNOWN"
@@ -205,14 +214,20 @@ def calendar(request: pd.DataFrame) -> pd.DataFrame:
     :param request: the columns :data:`REQUEST_FIELDS`
     :return: the columns :data:`REQUEST_FEATURES`, float64
     """
-    values = request[list(REQUEST_FIELDS)].astype("float64")
-    angle = values["sched_minute"] * (2 * np.pi / (24 * 60))
-    return values.assign(
-        hour_sin=np.sin(angle),
-        hour_cos=np.cos(angle),
-        weekend=(values["weekday"] >= 5).astype("float64"),
-        sched_speed=values["distance"] / values["sched_duration"] * 60,
-    )[list(REQUEST_FEATURES)]
+    minute, weekday, miles, minutes = (request[name].astype("float64") for name in REQUEST_FIELDS)
+    angle = minute * (2 * np.pi / (24 * 60))
+    return pd.DataFrame(
+        {
+            "dep_minute": minute,
+            "dep_weekday": weekday,
+            "dep_weekend": (weekday >= 5).astype("float64"),
+            "dep_sin": np.sin(angle),
+            "dep_cos": np.cos(angle),
+            "route_miles": miles,
+            "route_minutes": minutes,
+            "route_speed": miles / minutes * 60,
+        }
+    )
 
 
 def _write(uri: str, frame: pd.DataFrame) -> str:

@@ -66,7 +66,8 @@ def check(root: str, month: str) -> dict[str, Any]:
         raise DataError(
             f"the data of {month} breaks its contract: "
             + "; ".join(f"{name}: {detail}" for name, detail in failed)
-            + f". Correct the source, delete {source.raw_uri(root, 'flights', month)} (and weather) and land the month again"
+            + f". Correct the source, delete {source.raw_uri(root, 'flights', month)} (or the file named) "
+            "and land the month again"
         )
     return {
         "month": month,

@@ -73,7 +73,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     model = Report.get_model(checkpoint) if checkpoint else None
     done = model.num_boosted_rounds() if model else 0
-    if done >= rounds:
+    if model and done >= rounds:
         # A run cut off after its last round has nothing left but to report it once more.
         report.after_training(model)
         return
