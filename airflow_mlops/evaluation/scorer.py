@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,30 @@ def model_inputs(model: Any) -> list[str] | None:
     return list(schema.input_names()) if schema is not None and schema.has_input_names() else None
 
 
+def prepare(
+    model: Any, frame: pd.DataFrame, features: Sequence[str] | None = None
+) -> tuple[Callable[[pd.DataFrame], Any], pd.DataFrame]:
+    """The function that predicts and its input in the model's own columns and types; see :func:`predict_proba`."""
+    import numpy as np
+
+    names = model_inputs(model) or (list(features) if features else None)
+    if not names:
+        raise InvalidInputError("the model has no signature with named inputs; give `features`, or log it with one")
+    if missing := [name for name in names if name not in frame.columns]:
+        raise DataError(f"the data lacks {missing[:5]}, which the model needs; it has {list(frame.columns)[:20]}")
+    try:
+        inputs = frame[names].astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the model's features must be numeric: {error}") from error
+    infinite = np.isinf(inputs.to_numpy()).any(axis=0)
+    if infinite.any():
+        raise DataError(f"{[n for n, bad in zip(names, infinite) if bad][:5]} hold infinite values; make them missing")
+    raw = model.get_raw_model() if hasattr(model, "get_raw_model") else None
+    if classify := getattr(raw, "predict_proba", None):
+        return classify, inputs
+    return model.predict, _as_signature(model, inputs)
+
+
 def predict_proba(model: Any, frame: pd.DataFrame, features: Sequence[str] | None = None) -> np.ndarray:
     """The probability of the positive class for each row of ``frame``.
 
@@ -93,23 +117,10 @@ def predict_proba(model: Any, frame: pd.DataFrame, features: Sequence[str] | Non
     import numpy as np
     import pandas as pd
 
-    names = model_inputs(model) or (list(features) if features else None)
-    if not names:
-        raise InvalidInputError("the model has no signature with named inputs; give `features`, or log it with one")
-    if missing := [name for name in names if name not in frame.columns]:
-        raise DataError(f"the data lacks {missing[:5]}, which the model needs; it has {list(frame.columns)[:20]}")
-    try:
-        inputs = frame[names].astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the model's features must be numeric: {error}") from error
-    infinite = np.isinf(inputs.to_numpy()).any(axis=0)
-    if infinite.any():
-        raise DataError(f"{[n for n, bad in zip(names, infinite) if bad][:5]} hold infinite values; make them missing")
+    call, inputs = prepare(model, frame, features)
     if not len(inputs):
         return np.empty(0)
-    raw = model.get_raw_model() if hasattr(model, "get_raw_model") else None
-    classify = getattr(raw, "predict_proba", None)
-    answer = classify(inputs) if classify is not None else model.predict(_as_signature(model, inputs))
+    answer = call(inputs)
     values = answer.to_numpy() if isinstance(answer, pd.DataFrame | pd.Series) else np.asarray(answer)
     if values.ndim == 2 and values.shape[1] in (1, 2):
         values = values[:, -1]
