@@ -1,0 +1,114 @@
+"""The run directory as the memory of a run: which attempt is the last one, and what may be reused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from airflow_mlops import storage
+from airflow_mlops.exceptions import InvalidInputError
+from airflow_mlops.training.result import TrainingResult, read_result
+from airflow_mlops.training.spec import TrainingSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to go on in a run directory.
+
+    :param finished: the result to return as it is, if the run is finished
+    :param previous: number of the last attempt that was begun, 0 if none; it may still be running
+    :param adoptable: whether that attempt trains what is wanted now, so that it may be followed
+    :param wipe: why what is there must be removed before training, None to keep and resume from it
+    """
+
+    finished: TrainingResult | None
+    previous: int
+    adoptable: bool
+    wipe: str | None
+
+
+def open_run(spec: TrainingSpec, fresh: bool = False) -> Plan:
+    """Look into the run directory.
+
+    A finished run of the same train_fn, trainer and config is returned; with ``fresh`` it is trained again. An
+    unfinished one is resumed, ``fresh`` or not, or a retry would throw away what the first try has trained.
+
+    :raises InvalidInputError: a file in the run directory is not what it should be
+    """
+    result, last = read_result(spec), _last_attempt(spec)
+    previous = int(last.get("attempt", 0))
+    same = last.get("fingerprint") == spec.fingerprint
+    finished = result is not None and result.succeeded
+    if finished and result is not None and result.fingerprint == spec.fingerprint and not fresh:
+        return Plan(result, previous, False, None)
+    if previous and not same:
+        wipe = "it holds a run of another train_fn, trainer, config or exporter"
+    elif finished:
+        wipe = "the run is finished and is to be trained again" if fresh else "its result belongs to another config"
+    else:
+        wipe = None
+    return Plan(None, previous, bool(previous) and wipe is None, wipe)
+
+
+def begin_attempt(spec: TrainingSpec) -> str:
+    """Write down attempt ``spec.attempt`` before anything is started for it; returns the URI of its spec."""
+    uri = storage.write_json(spec.file(f"spec-a{spec.attempt}.json"), spec.to_json())
+    storage.write_json(spec.file("attempt.json"), {"attempt": spec.attempt, "fingerprint": spec.fingerprint})
+    return uri
+
+
+def wipe_run(spec: TrainingSpec) -> None:
+    """Remove checkpoints, model and results of the run directory, keeping the count of attempts.
+
+    The names of attempts must not be given out twice: a Ray cluster remembers them.
+    """
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(spec.run_dir)
+    if not fs.exists(path):
+        return
+    keep = fsspec.core.url_to_fs(spec.file("attempt.json"))[1]
+    for entry in fs.ls(path, detail=False):
+        if entry.rstrip("/").endswith("/_mlops"):
+            for own in fs.ls(entry, detail=False):
+                if own != keep:
+                    fs.rm(own, recursive=True)
+        else:
+            fs.rm(entry, recursive=True)
+
+
+def committed_checkpoint(spec: TrainingSpec) -> str | None:
+    """URI of the last committed checkpoint, as Ray Train's snapshot names it; None before the first.
+
+    The newest directory is no evidence: an attempt that was killed can leave one that was not committed.
+
+    :raises InvalidInputError: the snapshot is damaged, or names a checkpoint that is gone
+    """
+    uri = storage.join(spec.run_dir, "checkpoint_manager_snapshot.json")
+    try:
+        latest = storage.read_json(uri).get("latest_checkpoint_result")
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise InvalidInputError(f"{uri} is damaged ({error}). {_REMEDY}") from error
+    if not latest:
+        return None
+    checkpoint = storage.join(spec.run_dir, latest["checkpoint_dir_name"])
+    if not storage.exists(checkpoint):
+        raise InvalidInputError(f"the checkpoint {checkpoint} named by the run's snapshot is gone. {_REMEDY}")
+    return checkpoint
+
+
+_REMEDY = "Remove the run directory to train from the start, or restore it; a new run_key also starts afresh."
+
+
+def _last_attempt(spec: TrainingSpec) -> Mapping[str, Any]:
+    uri = spec.file("attempt.json")
+    try:
+        value = storage.read_json(uri)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InvalidInputError(f"{uri} is damaged ({error}). {_REMEDY}") from error
+    return value
