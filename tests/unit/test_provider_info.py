@@ -17,11 +17,6 @@ from airflow_mlops.get_provider_info import get_provider_info
 INFO = get_provider_info()
 
 
-def _classes(module: str, base: str) -> list[str]:
-    found = importlib.import_module(module)
-    return [n for n, c in vars(found).items() if isinstance(c, type) and c.__module__ == module and n.endswith(base)]
-
-
 def test_it_fits_airflows_own_schema():
     import airflow
 
@@ -30,11 +25,8 @@ def test_it_fits_airflows_own_schema():
 
 
 def test_the_entry_point_names_it():
-    (entry,) = (
-        e
-        for e in importlib.metadata.entry_points(group="apache_airflow_provider")
-        if e.value.startswith("airflow_mlops")
-    )
+    entries = importlib.metadata.entry_points(group="apache_airflow_provider")
+    (entry,) = (entry for entry in entries if entry.value.startswith("airflow_mlops"))
     assert entry.load()() == INFO
 
 
