@@ -1,10 +1,10 @@
 """Runs one command so that nothing of it outlives the process that asked for it.
 
-``python guard.py --grace SECONDS [--signal NAME] -- COMMAND...`` starts the command and waits. When the command ends, when the
-guard gets SIGTERM or SIGINT, or when the guard's own parent disappears (even by SIGKILL), the command gets
-SIGTERM or the signal named, then what is left of its whole process tree gets SIGKILL after the grace. On Linux the guard is a
-subreaper: a grandchild that outlives its parent is handed to the guard, whatever session it moved to, so the
-tree is always complete. The exit status is the command's own.
+``python guard.py --grace SECONDS [--signal NAME] -- COMMAND...`` starts the command and waits. When the command
+ends, when the guard gets SIGTERM or SIGINT, or when the guard's own parent disappears (even by SIGKILL), the
+command gets SIGTERM or the signal named, then what is left of its whole process tree gets SIGKILL after the
+grace. On Linux the guard is a subreaper: a grandchild that outlives its parent is handed to the guard, whatever
+session it moved to, so the tree is always complete. The exit status is the command's own.
 
 Standard library only, because one guard runs beside every service.
 """
@@ -12,6 +12,7 @@ Standard library only, because one guard runs beside every service.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -67,10 +68,8 @@ def _kill_all(deadline: float) -> None:
     while time.monotonic() < deadline:
         below = descendants(os.getpid())
         for pid in below:
-            try:
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass
         try:
             while os.waitpid(-1, os.WNOHANG) != (0, 0):
                 pass

