@@ -1,0 +1,174 @@
+"""Replay recorded requests with their labels against a route, as its users would send them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from airflow_mlops.exceptions import InvalidInputError
+
+
+@dataclass
+class ReplayReport:
+    """What a replay sent and got.
+
+    :param requests: requests answered or failed
+    :param failed: requests without an answer (HTTP error, no connection, time-out)
+    :param fallbacks: requests the canary failed and stable answered
+    :param labels: labels sent
+    :param arms: answered requests by arm
+    :param seconds: wall time
+    :param errors: the first few failures, as text
+    :param stopped: whether ``stop_when`` ended it before the rows did
+    """
+
+    requests: int = 0
+    failed: int = 0
+    fallbacks: int = 0
+    labels: int = 0
+    arms: dict[str, int] | None = None
+    seconds: float = 0.0
+    errors: list[str] | None = None
+    stopped: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a dictionary."""
+        return {**asdict(self), "seconds": round(self.seconds, 3)}
+
+
+def frame_rows(frame: Any, features: Iterable[str], label: str | None, prefix: str = "") -> list[dict[str, Any]]:
+    """A pandas frame as rows for :func:`replay`; NaN becomes ``None``.
+
+    :param frame: one row per request
+    :param features: columns to send
+    :param label: column with the label, or ``None``
+    :param prefix: start of every request id; the rest is the row's position
+    """
+    columns = list(features)
+    missing = [name for name in [*columns, *([label] if label else [])] if name not in frame.columns]
+    if missing:
+        raise InvalidInputError(f"the frame to replay lacks the columns {missing}; it has {list(frame.columns)[:40]}")
+    chosen = frame[columns].astype(object).where(frame[columns].notna(), None)
+    labels = frame[label].tolist() if label else [None] * len(frame)
+    return [
+        {"request_id": f"{prefix}{i}", "features": dict(zip(columns, values)), "label": y}
+        for i, (values, y) in enumerate(zip(chosen.values.tolist(), labels))
+    ]
+
+
+async def areplay(
+    route_url: str,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    concurrency: int = 16,
+    rate: float | None = None,
+    max_seconds: float | None = None,
+    stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
+    check_every: float = 0.5,
+    labels_per_call: int = 50,
+    timeout: float = 30.0,
+) -> ReplayReport:
+    """Send ``rows`` in order, at most ``concurrency`` at a time; see :func:`replay`."""
+    import aiohttp
+
+    route_url = route_url.rstrip("/")
+    report = ReplayReport(arms={}, errors=[])
+    started = time.monotonic()
+    pending: list[dict[str, Any]] = []
+    halt = asyncio.Event()
+    queue = iter(rows)
+    sent = 0
+
+    def note(error: BaseException) -> None:
+        if report.errors is not None and len(report.errors) < 5:
+            report.errors.append(f"{type(error).__name__}: {error}"[:300])
+
+    async def post(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        async with session.post(route_url + path, json=body) as response:
+            if response.status != 200:
+                raise RuntimeError(f"HTTP {response.status}: {(await response.text())[:200]}")
+            return await response.json()
+
+    async def send_labels(least: int) -> None:
+        while pending and len(pending) >= least:
+            batch = pending[:labels_per_call]
+            del pending[: len(batch)]
+            try:
+                await post("/feedback", {"items": batch})
+                report.labels += len(batch)
+            except (aiohttp.ClientError, RuntimeError, TimeoutError) as error:
+                note(error)
+
+    async def worker() -> None:
+        nonlocal sent
+        for row in queue:
+            if halt.is_set():
+                return
+            position, sent = sent, sent + 1
+            if rate:
+                await asyncio.sleep(max(started + position / rate - time.monotonic(), 0))
+            report.requests += 1
+            try:
+                answer = await post("", {"request_id": row["request_id"], "features": row["features"]})
+            except (aiohttp.ClientError, RuntimeError, TimeoutError) as error:
+                report.failed += 1
+                note(error)
+                continue
+            arm = answer["arm"]
+            assert report.arms is not None
+            report.arms[arm] = report.arms.get(arm, 0) + 1
+            report.fallbacks += bool(answer.get("fallback"))
+            if row.get("label") is not None:
+                pending.append({"request_id": row["request_id"], "label": float(row["label"])})
+                await send_labels(labels_per_call)
+
+    async def watch() -> None:
+        while True:
+            if max_seconds is not None and time.monotonic() - started >= max_seconds:
+                halt.set()
+            if stop_when is not None:
+                try:
+                    async with session.get(route_url + "/state") as response:
+                        if response.status == 200 and stop_when(await response.json()):
+                            report.stopped = True
+                            halt.set()
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    note(error)
+            await asyncio.sleep(check_every)
+
+    connector = aiohttp.TCPConnector(limit=concurrency + 4)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout)) as session:
+        watcher = asyncio.create_task(watch())
+        try:
+            workers: list[Awaitable[None]] = [worker() for _ in range(max(1, concurrency))]
+            await asyncio.gather(*workers)
+            await send_labels(1)
+        finally:
+            watcher.cancel()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def rollout_settled(model_version: str) -> Callable[[Mapping[str, Any]], bool]:
+    """A ``stop_when`` that is true once the rollout of ``model_version`` on the route has its final verdict."""
+
+    def settled(state: Mapping[str, Any]) -> bool:
+        rollout = state.get("rollout") or {}
+        return str(rollout.get("version")) == str(model_version) and bool(rollout.get("finished"))
+
+    return settled
+
+
+def replay(route_url: str, rows: Iterable[Mapping[str, Any]], **options: Any) -> ReplayReport:
+    """Send recorded requests, then their labels, until the rows end, time is up or ``stop_when`` says so.
+
+    :param route_url: ``http://host:port/route``
+    :param rows: ``{"request_id", "features": {...}, "label": 0 | 1 | None}``; see :func:`frame_rows`
+    :param options: ``concurrency`` (16), ``rate`` (requests per second, as fast as possible if not given),
+        ``max_seconds``, ``stop_when`` (a function of the route's state, asked every ``check_every`` seconds),
+        ``labels_per_call`` (50), ``timeout`` (seconds per request)
+    """
+    return asyncio.run(areplay(route_url, rows, **options))

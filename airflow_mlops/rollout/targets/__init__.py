@@ -1,0 +1,1 @@
+"""Where traffic is split: one module per system."""

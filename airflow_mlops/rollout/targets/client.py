@@ -1,0 +1,251 @@
+"""Ray Serve over HTTP: the dashboard's REST API to deploy, the application's own endpoints to steer and to observe.
+
+Needs aiohttp and no Ray. Serve keeps one declarative configuration for all applications, and one that is left out of
+a ``PUT`` is deleted; every change here reads what is deployed and puts it back with one application changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
+
+IMPORT_PATH = "airflow_mlops.rollout.targets.ray_serve:build"
+APPLICATIONS = "/api/serve/applications/"
+
+
+class RayServeClient:
+    """One Ray cluster's Serve, as an asynchronous context manager.
+
+    :param dashboard_url: ``http://host:port`` of the Ray dashboard
+    :param serve_url: ``http://host:port`` of Serve's HTTP proxy; also where the proxy is put when Serve is not
+        running yet
+    :param token: token of a Ray cluster with token authentication
+    :param timeout: seconds for one call
+    """
+
+    def __init__(self, dashboard_url: str, serve_url: str, token: str | None = None, timeout: float = 15.0) -> None:
+        self.dashboard_url = dashboard_url.rstrip("/")
+        self.serve_url = serve_url.rstrip("/")
+        self.token = token
+        self._timeout = timeout
+        self._session: Any = None
+
+    async def __aenter__(self) -> RayServeClient:
+        import aiohttp
+
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        self._session = aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=self._timeout))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def _call(self, method: str, url: str, body: Any = None) -> Any:
+        import aiohttp
+
+        try:
+            async with self._session.request(method, url, json=body) as response:
+                text = await response.text()
+                status = response.status
+                if status == 200:
+                    return await response.json(content_type=None) if text else None
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise ExternalSystemError(
+                f"{method} {url} failed: {type(error).__name__}: {error}. Is Ray running there? Check host and port of "
+                "the Ray connection and its extra serve_url."
+            ) from error
+        if status in (401, 403):
+            raise InvalidInputError(
+                f"{method} {url} answered {status}: {text[:200]}. Set the cluster's token as password of the Ray "
+                "connection."
+            )
+        if status == 409:
+            raise ConcurrentChangeError(text[:1000])
+        if status in (400, 422):
+            raise InvalidInputError(f"{method} {url} answered {status}: {text[:1000]}")
+        raise ExternalSystemError(f"{method} {url} answered {status}: {text[:500]}")
+
+    async def serve(self) -> dict[str, Any]:
+        """All of Serve: applications by name, with status, message and deployed configuration."""
+        return await self._call("GET", self.dashboard_url + APPLICATIONS)
+
+    async def application(self, name: str) -> dict[str, Any] | None:
+        """One application as Serve sees it, or ``None``.
+
+        :raises InvalidInputError: the name belongs to an application that is not ours
+        """
+        found = (await self.serve()).get("applications", {}).get(name)
+        config = (found or {}).get("deployed_app_config")
+        if found and (config or {}).get("import_path") != IMPORT_PATH:
+            raise InvalidInputError(
+                f"Serve already runs an application {name!r} that is not a rollout route; give the operator another "
+                "route, or remove that application"
+            )
+        return found
+
+    async def put_application(self, config: Mapping[str, Any]) -> None:
+        """Create or change one application, the others staying as they are."""
+        from urllib.parse import urlsplit
+
+        current = await self.serve()
+        others = [
+            app["deployed_app_config"]
+            for name, app in current.get("applications", {}).items()
+            if name != config["name"] and app.get("deployed_app_config") and app.get("status") != "DELETING"
+        ]
+        address = urlsplit(self.serve_url)
+        body: dict[str, Any] = {
+            "proxy_location": current.get("proxy_location") or "HeadOnly",
+            "http_options": current.get("http_options")
+            or {"host": address.hostname or "127.0.0.1", "port": address.port or 8000},
+            "applications": [*others, dict(config)],
+        }
+        if current.get("grpc_options"):
+            body["grpc_options"] = current["grpc_options"]
+        await self._call("PUT", self.dashboard_url + APPLICATIONS, body)
+
+    async def state(self, route: str) -> dict[str, Any]:
+        """What the route's router reports: weights, slots, counters, rollout."""
+        return await self._call("GET", f"{self.serve_url}/{route}/state")
+
+    async def change(self, route: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Claim, renew or stop a rollout on the route."""
+        return await self._call("POST", f"{self.serve_url}/{route}/rollout", dict(body))
+
+
+class Route:
+    """One model's route on Ray Serve: two slots, of which one is stable.
+
+    :param client: the cluster
+    :param name: application and route name
+    :param runtime_env: Ray runtime environment of the application when it is first deployed
+    :param options: arguments of :func:`airflow_mlops.rollout.targets.ray_serve.build` at that time
+    :param startup_timeout: seconds for the first deployment
+    :param load_timeout: seconds to load a model into a slot or to change weights
+    """
+
+    def __init__(
+        self,
+        client: RayServeClient,
+        name: str,
+        runtime_env: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        startup_timeout: float = 180.0,
+        load_timeout: float = 120.0,
+    ) -> None:
+        self.client = client
+        self.name = name
+        self.runtime_env = dict(runtime_env or {})
+        self.options = dict(options or {})
+        self.startup_timeout = startup_timeout
+        self.load_timeout = load_timeout
+
+    async def state(self) -> dict[str, Any]:
+        """The router's report."""
+        return await self.client.state(self.name)
+
+    async def claim(self, owner: str, ttl: float) -> dict[str, Any]:
+        """Take the route for one rollout; :class:`ConcurrentChangeError` when another one holds it."""
+        return await self.client.change(self.name, {"action": "claim", "owner": owner, "ttl": ttl})
+
+    async def renew(self, owner: str, ttl: float, annotation: Mapping[str, Any]) -> dict[str, Any]:
+        """Prolong the lease and keep the rollout's state on the route."""
+        body = {"action": "renew", "owner": owner, "ttl": ttl, "annotation": dict(annotation)}
+        return await self.client.change(self.name, body)
+
+    async def stop(self, owner: str) -> None:
+        """Give all traffic to stable now; lasts until the configuration is changed."""
+        await self.client.change(self.name, {"action": "stop", "owner": owner})
+
+    async def deploy(self, version: str, uri: str) -> dict[str, Any]:
+        """Deploy the route with one version at 100 % in slot ``a``; returns its state once it serves."""
+        router: dict[str, Any] = {"stable": "a", "canary": None, "weight": 0.0, "versions": {"a": version, "b": None}}
+        if self.client.token:
+            router["token_sha256"] = hashlib.sha256(self.client.token.encode()).hexdigest()
+        environment = copy.deepcopy(self.runtime_env)
+        environment["env_vars"] = {"OMP_NUM_THREADS": "1", **environment.get("env_vars", {})}
+        await self.client.put_application(
+            {
+                "name": self.name,
+                "route_prefix": f"/{self.name}",
+                "import_path": IMPORT_PATH,
+                "runtime_env": environment,
+                "args": {"route": self.name, **self.options},
+                "deployments": [
+                    {"name": "router", "user_config": router},
+                    {"name": "slot_a", "user_config": {"version": version, "uri": uri}},
+                    {"name": "slot_b", "user_config": {"version": None, "uri": None}},
+                ],
+            }
+        )
+        return await self._until(lambda state: self._loaded(state, "a", version), self.startup_timeout, "deployed")
+
+    async def config(self) -> dict[str, dict[str, Any]] | None:
+        """User configuration by deployment (``router``, ``slot_a``, ``slot_b``); ``None`` when not deployed."""
+        application = await self.client.application(self.name)
+        if application is None or application.get("status") in ("DELETING", "NOT_STARTED"):
+            return None
+        config = application["deployed_app_config"]
+        return {item["name"]: copy.deepcopy(item.get("user_config") or {}) for item in config["deployments"]}
+
+    async def load(self, slot: str, version: str, uri: str) -> dict[str, Any]:
+        """Load a version into a slot without traffic; returns the state once it is ready there.
+
+        :raises InvalidInputError: the model cannot be loaded
+        """
+        await self._update({f"slot_{slot}": {"version": version, "uri": uri}})
+        return await self._until(lambda state: self._loaded(state, slot, version, uri), self.load_timeout, "loaded")
+
+    async def set_router(self, **changes: Any) -> dict[str, Any]:
+        """Change the router's configuration, e.g. ``weight=10.0``; returns the state once the router has it."""
+        await self._update({"router": changes})
+        wanted = {key: value for key, value in changes.items() if key in ("stable", "canary", "versions")}
+        if "weight" in changes:
+            wanted["configured_weight"] = changes["weight"]
+        return await self._until(
+            lambda state: all(state.get(key) == value for key, value in wanted.items()), self.load_timeout, "changed"
+        )
+
+    async def _update(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        application = await self.client.application(self.name)
+        if application is None:
+            raise ExternalSystemError(f"the route {self.name} is gone from Ray Serve; a retry deploys it again")
+        config = copy.deepcopy(application["deployed_app_config"])
+        for item in config["deployments"]:
+            if item["name"] in changes:
+                item["user_config"] = {**(item.get("user_config") or {}), **changes[item["name"]]}
+        await self.client.put_application(config)
+
+    @staticmethod
+    def _loaded(state: Mapping[str, Any], slot: str, version: str, uri: str | None = None) -> bool:
+        held = state["slots"][slot]
+        if held["version"] != version or (uri is not None and held["uri"] != uri):
+            return False
+        if held["error"] and not held["ready"]:
+            raise InvalidInputError(f"version {version} cannot be loaded from {held['uri']}: {held['error']}")
+        return bool(held["ready"])
+
+    async def _until(self, reached: Any, timeout: float, what: str) -> dict[str, Any]:
+        """Poll the route until ``reached(state)``."""
+        loop = asyncio.get_running_loop()
+        deadline, problem = loop.time() + timeout, "it never answered"
+        while True:
+            try:
+                state = await self.state()
+                if reached(state):
+                    return state
+                problem = f"last state: { ({k: v for k, v in state.items() if k not in ('counters', 'rollout')}) }"
+            except ExternalSystemError as error:
+                problem = str(error)
+            if loop.time() > deadline:
+                status = await self.client.application(self.name) or {}
+                raise ExternalSystemError(
+                    f"the route {self.name} was not {what} within {timeout:g} s: Serve says "
+                    f"{status.get('status')} {status.get('message', '')!r}; {problem}"
+                )
+            await asyncio.sleep(0.1)

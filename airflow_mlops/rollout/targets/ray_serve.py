@@ -1,0 +1,240 @@
+"""The Serve application of one model: a router in front of two slots. It runs inside Ray.
+
+``POST /<route>`` ``{"request_id", "features": {...}}`` or ``{"items": [...]}`` answers with
+``{"request_id", "probability", "version", "arm"}``; ``POST /<route>/feedback`` takes labels, ``GET /<route>/state``
+and ``/<route>/metrics`` tell what happened, ``POST /<route>/rollout`` is the operator's. Weights and models arrive as
+Serve's ``user_config``, so that changing them restarts nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+import time
+import uuid
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError
+from airflow_mlops.rollout.targets.book import SLOTS, Book
+
+log = logging.getLogger("ray.serve")
+
+
+@serve.deployment
+class Slot:
+    """Holds one model version; another version given by ``user_config`` replaces it without a restart.
+
+    A model that cannot be loaded leaves the slot not ready with the reason, rather than failing the deployment.
+    """
+
+    def __init__(self) -> None:
+        import mlflow.pyfunc
+
+        self._load_model = mlflow.pyfunc.load_model
+        self._config: dict[str, Any] = {}
+        self._model: Any = None
+        self._error: str | None = None
+
+    def reconfigure(self, config: dict[str, Any]) -> None:
+        """Load ``config["uri"]``, unless it is what is loaded."""
+        config = dict(config or {})
+        if config == self._config and self._error is None:
+            return
+        self._config, self._model, self._error = config, None, None
+        if not config.get("uri"):
+            return
+        try:
+            model = self._load_model(config["uri"])
+            self._predict, self._dtypes = _scorer(model)
+            self._model = model
+        except Exception as error:
+            log.exception("cannot load %s", config["uri"])
+            self._error = f"{type(error).__name__}: {error}"[:2000]
+
+    def describe(self) -> dict[str, Any]:
+        """Version, URI, readiness and, when the model could not be loaded, why."""
+        return {
+            "version": self._config.get("version"),
+            "uri": self._config.get("uri"),
+            "ready": self._model is not None,
+            "error": self._error,
+        }
+
+    def predict(self, rows: list[dict[str, Any]]) -> list[float]:
+        """Probabilities for feature dictionaries, in their order."""
+        import pandas as pd
+
+        if self._model is None:
+            raise RuntimeError(f"no model is loaded: {self._error}")
+        frame = pd.DataFrame(rows)
+        if self._dtypes:
+            missing = [name for name in self._dtypes if name not in frame]
+            if missing:
+                raise ValueError(f"the request lacks the features {missing}")
+            frame = frame[list(self._dtypes)].astype(self._dtypes)
+        return [float(value) for value in self._predict(frame)]
+
+
+def _scorer(model: Any) -> tuple[Any, dict[str, Any]]:
+    """How to get probabilities of the positive class from a pyfunc model, and its columns with their types."""
+    import numpy as np
+
+    schema = model.metadata.get_input_schema()
+    dtypes = {column.name: column.type.to_pandas() for column in schema} if schema and schema.has_input_names() else {}
+    try:
+        raw = model.get_raw_model()
+    except Exception:
+        raw = None
+    call = raw.predict_proba if hasattr(raw, "predict_proba") else model.predict
+
+    def probabilities(frame: Any) -> Any:
+        values = np.asarray(call(frame), dtype=float)
+        return values[:, -1] if values.ndim == 2 else values.reshape(-1)
+
+    return probabilities, dtypes
+
+
+@serve.deployment
+class Router:
+    """Routes, counts and answers; the only replica, since the counters live in it.
+
+    :param slot_a: handle of slot ``a``
+    :param slot_b: handle of slot ``b``
+    :param route: name for the metrics
+    """
+
+    def __init__(self, slot_a: DeploymentHandle, slot_b: DeploymentHandle, route: str, max_remembered: int) -> None:
+        self._slots = dict(zip(SLOTS, (slot_a, slot_b)))
+        self._route = route
+        self._book = Book(max_remembered)
+
+    def reconfigure(self, config: dict[str, Any]) -> None:
+        """Take the desired weights, versions and rollout from Serve's ``user_config``."""
+        self._book.configure(config or {})
+
+    async def __call__(self, request: Request) -> Response:
+        path = request.url.path.removeprefix(request.scope.get("root_path", "")).rstrip("/")
+        action = path.removeprefix("/" + self._route).strip("/")
+        handlers = {
+            ("POST", ""): self._predict,
+            ("POST", "feedback"): self._feedback,
+            ("POST", "rollout"): self._rollout,
+            ("GET", "state"): self._state,
+            ("GET", "metrics"): self._metrics,
+        }
+        handler = handlers.get((request.method, action))
+        if handler is None:
+            return JSONResponse({"error": f"no {request.method} {action or '/'} on this route"}, 404)
+        try:
+            return await handler(request)
+        except ConcurrentChangeError as error:
+            return JSONResponse({"error": str(error)}, 409)
+        except (InvalidInputError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 422)
+
+    async def _predict(self, request: Request) -> Response:
+        body = await request.json()
+        single = "items" not in body
+        items = [body] if single else body["items"]
+        groups: dict[str, list[tuple[int, str, dict[str, Any]]]] = {}
+        for index, item in enumerate(items):
+            features, request_id = item["features"], str(item.get("request_id") or uuid.uuid4().hex)
+            if not isinstance(features, dict):
+                raise InvalidInputError('expected {"request_id": ..., "features": {name: number, ...}}')
+            groups.setdefault(self._book.route(request_id, time.time()), []).append((index, request_id, features))
+        results: list[dict[str, Any]] = [{}] * len(items)
+        answers = await asyncio.gather(*(self._ask(slot, group, single) for slot, group in groups.items()))
+        for group, answer in zip(groups.values(), answers):
+            for (index, _, _), result in zip(group, answer):
+                results[index] = result
+        if single:
+            return JSONResponse(results[0], 500 if "error" in results[0] else 200)
+        return JSONResponse({"results": results})
+
+    async def _ask(self, slot: str, group: list[tuple[int, str, dict[str, Any]]], timed: bool) -> list[dict[str, Any]]:
+        """Answers of one slot; where the canary fails, stable answers and the failure counts against the canary."""
+        config = self._book.config
+        stable, version = config.get("stable"), str(config["versions"][slot])
+        arm = "stable" if slot == stable else "canary"
+        values, error, seconds = await self._call(slot, [features for _, _, features in group])
+        for (_, request_id, _), value in zip(group, values):
+            self._book.record(version, request_id, value, seconds if timed else None)
+        backup: list[float | None] = [None] * len(group)
+        if arm == "canary" and None in values:
+            backup, error, _ = await self._call(stable, [features for _, _, features in group])
+        answers = []
+        for (_, request_id, _), value, spare in zip(group, values, backup):
+            answer: dict[str, Any] = {"request_id": request_id, "probability": value, "version": version, "arm": arm}
+            if value is None and spare is not None:
+                answer.update(probability=spare, version=str(config["versions"][stable]), arm="stable", fallback=True)
+            elif value is None:
+                answer["error"] = error or "the model's answer is not a finite number"
+            answers.append(answer)
+        return answers
+
+    async def _call(self, slot: Any, rows: list[dict[str, Any]]) -> tuple[list[float | None], str | None, float]:
+        started = time.perf_counter()
+        try:
+            values = await self._slots[slot].predict.remote(rows)
+        except Exception as error:
+            return [None] * len(rows), f"{type(error).__name__}: {error}"[:500], time.perf_counter() - started
+        return [v if math.isfinite(v) else None for v in values], None, time.perf_counter() - started
+
+    async def _feedback(self, request: Request) -> Response:
+        body = await request.json()
+        items = body.get("items", [body])
+        joined = sum(self._book.feedback(str(item["request_id"]), item["label"]) for item in items)
+        return JSONResponse({"joined": joined, "unknown": len(items) - joined})
+
+    async def _state(self, request: Request) -> Response:
+        described = await asyncio.gather(*(self._describe(slot) for slot in SLOTS))
+        return JSONResponse({**self._book.state(time.time()), "slots": dict(zip(SLOTS, described))})
+
+    async def _describe(self, slot: str) -> dict[str, Any]:
+        try:
+            return await asyncio.wait_for(self._slots[slot].describe.remote(), timeout=5)
+        except Exception as error:
+            return {"version": None, "uri": None, "ready": False, "error": f"{type(error).__name__}: {error}"[:500]}
+
+    async def _metrics(self, request: Request) -> Response:
+        return PlainTextResponse(self._book.prometheus(self._route))
+
+    async def _rollout(self, request: Request) -> Response:
+        wanted = self._book.config.get("token_sha256")
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if wanted and hashlib.sha256(token.encode()).hexdigest() != wanted:
+            return JSONResponse({"error": "the token of the Ray connection is needed to change a rollout"}, 403)
+        self._book.change(await request.json(), time.time())
+        return JSONResponse(self._book.state(time.time()))
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application of one model; Serve's ``import_path`` names this function.
+
+    :param args: ``route``; ``slot_cpus`` and ``router_cpus`` (CPUs reserved in Ray, 0: none); ``slot_replicas``;
+        ``max_remembered`` (predictions kept for late labels)
+    """
+    options = {"num_cpus": float(args.get("slot_cpus", 0))}
+    slots = [
+        Slot.options(  # type: ignore[attr-defined]
+            name=f"slot_{slot}",
+            num_replicas=int(args.get("slot_replicas", 1)),
+            max_ongoing_requests=64,
+            ray_actor_options=options,
+        ).bind()
+        for slot in SLOTS
+    ]
+    router = Router.options(  # type: ignore[attr-defined]
+        name="router",
+        num_replicas=1,
+        max_ongoing_requests=512,
+        ray_actor_options={"num_cpus": float(args.get("router_cpus", 0))},
+    )
+    return router.bind(*slots, str(args["route"]), int(args.get("max_remembered", 200_000)))
