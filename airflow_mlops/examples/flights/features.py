@@ -141,6 +141,7 @@ def delays(flights: pd.DataFrame, hours: pd.DatetimeIndex, view: str) -> pd.Data
     axis = axis[order]
     late = flights["arr_delay"].to_numpy()[order]
     arrived = ~np.isnan(late)
+    # Whole minutes: differences of these sums are exact, so a later flight cannot leak in by rounding.
     sums = {
         "all": _cumulated(np.ones(len(axis))),
         "arrived": _cumulated(arrived),

@@ -97,9 +97,10 @@ def read_shard(uri: str, columns: Sequence[str], rank: int, world_size: int) -> 
     dataset = ds.dataset(path, filesystem=filesystem, format="parquet")
     missing = [name for name in columns if name not in dataset.schema.names]
     if missing:
-        raise DataError(f"the training set {uri} lacks the columns {missing}; it has {dataset.schema.names}")
+        raise DataError(f"the training set {uri} lacks the columns {missing}; among {len(dataset.schema.names)}; train on columns of the set")
     groups = [group for fragment in dataset.get_fragments() for group in fragment.split_by_row_group()]
-    counts = [group.count_rows() for group in groups]
+    # The metadata's count: Fragment.count_rows() ignores the split and gives wrong sums (pyarrow 25).
+    counts = [sum(part.num_rows for part in group.row_groups) for group in groups]
     rows = sum(counts)
     start, stop = rows * rank // world_size, rows * (rank + 1) // world_size
     if start == stop:
