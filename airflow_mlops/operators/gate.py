@@ -1,0 +1,395 @@
+"""Score the models that serve on a month with labels, and let a challenger pass only when it has shown to be better."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from airflow_mlops.evaluation import GatePolicy, GateVerdict
+from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError
+from airflow_mlops.operators.mlflow import _MlflowOperator, as_mapping, as_names, is_blank, task_key
+from airflow_mlops.shell import log_table, permanent_errors_fail
+from airflow_mlops.storage import join, write_bytes, write_json
+from airflow_mlops.windows import Window, resolve_window
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from airflow.sdk import Context
+
+TIME = "event_timestamp"
+
+
+def read_labelled(uri: str, label: str, window: Window | None = None) -> tuple[pd.DataFrame, int]:
+    """The rows of the Parquet at ``uri`` whose label is known, and how many others there were.
+
+    :param window: only rows whose ``event_timestamp`` is in it; None for all
+    :raises DataError: nothing is there, or it lacks the label or the time
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_parquet(uri)
+    except FileNotFoundError:
+        raise DataError(f"there is no data at {uri}; did the task that writes it succeed?") from None
+    if missing := {label, TIME} - set(frame.columns):
+        raise DataError(f"{uri} lacks {sorted(missing)}; it has {list(frame.columns)[:20]}")
+    frame[TIME] = pd.to_datetime(frame[TIME], utc=True)
+    if window is not None:
+        frame = frame[(frame[TIME] >= window.start) & (frame[TIME] < window.end)]
+    known = frame[label].notna()
+    return frame[known].reset_index(drop=True), int((~known).sum())
+
+
+def _write_predictions(uri: str, frame: pd.DataFrame, label: str, arms: Mapping[str, Any]) -> str:
+    import pandas as pd
+
+    columns = {TIME: frame[TIME], "label": frame[label].astype("int8"), **arms}
+    buffer = io.BytesIO()
+    pd.DataFrame(columns).to_parquet(buffer, index=False)
+    return write_bytes(uri, buffer.getvalue())
+
+
+class ModelScoreOperator(_MlflowOperator):
+    """Put on record how good the models that serve were on a window whose labels are in.
+
+    Each result goes into one MLflow run for this task in this Dag run (``champion_auc``, ``frozen_log_loss``, ...,
+    step ``step``), which a retry finds again.
+
+    :param models: name to model URI, ``{"champion": "models:/flights@champion", "frozen": "models:/flights/1"}``; an
+        empty URI, or an alias of a model without versions, is a model that does not exist yet (templated)
+    :param data_uri: Parquet with ``event_timestamp``, features and label (templated)
+    :param label_column: its column of 0 and 1; rows where it is missing are left out
+    :param predictions_uri: where to write ``event_timestamp``, ``label`` and a column for each model (templated)
+    :param features: the models' inputs, where they have no signature (templated)
+    :param optional: names of models whose alias may never have been set though the model has versions
+    :param experiment: MLflow experiment (templated)
+    :param step: of the metrics; None for the window's first day as YYYYMMDD (templated)
+    :param window_start: first instant of the window, a tag of the run; else the Dag run's (templated)
+    :param window_end: first instant after it (templated)
+    :param mlflow_conn_id: connection of type ``mlflow``
+    :param tracking_uri: overrides the connection's (templated)
+    :return: ``rows``, ``unlabelled``, ``models`` (name to ``version``, ``uri`` and the scores of
+        :func:`airflow_mlops.evaluation.score`, or None), ``predictions_uri``, ``run_id`` (None when there is no model)
+    """
+
+    template_fields: Sequence[str] = (
+        "models",
+        "data_uri",
+        "label_column",
+        "predictions_uri",
+        "features",
+        "experiment",
+        "step",
+        "window_start",
+        "window_end",
+        "tracking_uri",
+    )
+
+    def __init__(
+        self,
+        *,
+        models: Mapping[str, str | None],
+        data_uri: str,
+        label_column: str,
+        predictions_uri: str,
+        features: Sequence[str] | str | None = None,
+        optional: Sequence[str] = (),
+        experiment: str = "monitoring",
+        step: int | str | None = None,
+        window_start: str | None = None,
+        window_end: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.models = models
+        self.data_uri = data_uri
+        self.label_column = label_column
+        self.predictions_uri = predictions_uri
+        self.features = features
+        self.optional = optional
+        self.experiment = experiment
+        self.step = step
+        self.window_start = window_start
+        self.window_end = window_end
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        from airflow_mlops.evaluation import score
+
+        with permanent_errors_fail():
+            window = resolve_window(context, self.window_start, self.window_end)
+            features = as_names(self.features, "features") or None
+            frame, unlabelled = read_labelled(self.data_uri, self.label_column)
+            if frame.empty:
+                raise DataError(f"{self.data_uri} has no labelled rows ({unlabelled} unlabelled); nothing to score")
+            results: dict[str, dict[str, Any] | None] = {}
+            arms: dict[str, Any] = {}
+            for name, given in self.models.items():
+                uri, version = self._resolve(name, given)
+                if uri is None:
+                    results[name] = None
+                    continue
+                arms[name] = self.hook.predict_proba(uri, frame, features)
+                results[name] = {
+                    "version": version,
+                    "uri": uri,
+                    **score(frame[self.label_column].to_numpy(), arms[name]),
+                }
+            _write_predictions(self.predictions_uri, frame, self.label_column, arms)
+            columns = ["version", "rows", "base_rate", "mean_probability", "auc", "log_loss", "brier"]
+            rows = [[name, *[_shown((found or {}).get(key)) for key in columns]] for name, found in results.items()]
+            self.log.info("scores on %s\n%s", window, log_table(["model", *columns], rows))
+            return {
+                "rows": len(frame),
+                "unlabelled": unlabelled,
+                "models": results,
+                "predictions_uri": self.predictions_uri,
+                "run_id": self._record(context, window, results) if arms else None,
+            }
+
+    def _resolve(self, name: str, given: str | None) -> tuple[str | None, str | None]:
+        """A URI with the version in it, so that what was scored stays known after the alias moves on."""
+        if is_blank(given):
+            return None, None
+        uri = str(given)
+        if not uri.startswith("models:/"):
+            return uri, None
+        model, _, alias = uri.removeprefix("models:/").rpartition("@")
+        if model:
+            found = self.hook.version_by_alias(model, alias, missing_ok=name in self.optional)
+            return (f"models:/{model}/{found.version}", str(found.version)) if found is not None else (None, None)
+        return uri, self.hook.resolve(uri)[1]
+
+    def _record(self, context: Context, window: Window, results: Mapping[str, dict[str, Any] | None]) -> str:
+        import math
+
+        from mlflow.entities import Metric, RunTag
+
+        step = int(f"{window.start:%Y%m%d}") if is_blank(self.step) else int(str(self.step))
+        # One fixed instant for each window, so that a retry writes the same point and not a second one.
+        when = int(window.end.timestamp() * 1000)
+        run = self.hook.run_for_key(
+            self.experiment, task_key(context), name=f"{window.start:%Y-%m-%d}", tags={"mlops.kind": "monitoring"}
+        )
+        scored = {name: found for name, found in results.items() if found}
+        metrics = [
+            Metric(f"{name}_{key}", float(value), when, step)
+            for name, found in scored.items()
+            for key, value in found.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        ]
+        tags = {"mlops.window_start": window.start.isoformat(), "mlops.window_end": window.end.isoformat()}
+        tags |= {f"mlops.version.{name}": str(found["version"] or found["uri"]) for name, found in scored.items()}
+        self.hook.client.log_batch(run.info.run_id, metrics, tags=[RunTag(*tag) for tag in tags.items()])
+        self.hook.client.set_terminated(run.info.run_id, "FINISHED")
+        return run.info.run_id
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+class ModelGateOperator(_MlflowOperator):
+    """Compare the challenger with the champion on the same held-out rows and stop it unless the policy is met.
+
+    The champion is ``champion_uri``; else version ``champion_version`` of ``model_name``; else what ``alias`` of
+    ``model_name`` points to. Without one, the challenger is judged by floors alone, and with ``model_name`` the
+    registry has to agree that there is none.
+
+    Rows of one day are not independent, so days are the unit of the tests. The verdict's table goes to the log;
+    ``report.html``, ``verdict.json`` and ``predictions.parquet`` (``event_timestamp``, ``label``, ``challenger`` and,
+    with one, ``champion``) to ``report_dir``.
+
+    :param challenger_uri: MLflow model folder or URI (templated)
+    :param data_uri: Parquet with ``event_timestamp``, features and label (templated)
+    :param label_column: its column of 0 and 1; rows where it is missing are left out
+    :param report_dir: folder for the report, one for each run (templated)
+    :param champion_uri: of the champion; empty for none (templated)
+    :param model_name: registered model of the champion (templated)
+    :param champion_version: its version at the start of the run; empty for none; not given for ``alias`` (templated)
+    :param alias: of the champion
+    :param window_start: first instant of the rows to use; with ``window_end``, or neither for all rows (templated)
+    :param window_end: first instant after them (templated)
+    :param features: the models' inputs, where they have no signature (templated)
+    :param policy: a :class:`airflow_mlops.evaluation.GatePolicy` or a mapping of its fields (templated)
+    :param cluster: ``"day"`` (UTC) of ``event_timestamp``, or a column of the data
+    :param slice_columns: columns whose values are judged one by one (templated)
+    :param measure_latency: time single predictions in a fresh process; done anyway when the policy limits it
+    :param on_fail: ``"fail"`` fails the task without retry, ``"skip"`` skips it and what follows; the result is
+        pushed in both cases
+    :param mlflow_conn_id: connection of type ``mlflow``
+    :param tracking_uri: overrides the connection's (templated)
+    :return: :meth:`GateVerdict.to_json` and ``challenger_uri``, ``champion_uri``, ``champion_version``,
+        ``unlabelled``, ``report_uri``, ``verdict_uri``, ``predictions_uri``
+    """
+
+    template_fields: Sequence[str] = (
+        "challenger_uri",
+        "data_uri",
+        "label_column",
+        "report_dir",
+        "champion_uri",
+        "model_name",
+        "champion_version",
+        "window_start",
+        "window_end",
+        "features",
+        "policy",
+        "slice_columns",
+        "tracking_uri",
+    )
+
+    def __init__(
+        self,
+        *,
+        challenger_uri: str,
+        data_uri: str,
+        label_column: str,
+        report_dir: str,
+        champion_uri: str | None = None,
+        model_name: str | None = None,
+        champion_version: str | None = None,
+        alias: str = "champion",
+        window_start: str | None = None,
+        window_end: str | None = None,
+        features: Sequence[str] | str | None = None,
+        policy: GatePolicy | Mapping[str, Any] | None = None,
+        cluster: str = "day",
+        slice_columns: Sequence[str] | str = (),
+        measure_latency: bool = True,
+        on_fail: str = "fail",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.challenger_uri = challenger_uri
+        self.data_uri = data_uri
+        self.label_column = label_column
+        self.report_dir = report_dir
+        self.champion_uri = champion_uri
+        self.model_name = model_name
+        self.champion_version = champion_version
+        self.alias = alias
+        self.window_start = window_start
+        self.window_end = window_end
+        self.features = features
+        self.policy = policy
+        self.cluster = cluster
+        self.slice_columns = slice_columns
+        self.measure_latency = measure_latency
+        self.on_fail = on_fail
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        with permanent_errors_fail():
+            result = self._judge(context)
+        if result["passed"]:
+            return result
+        # A task that raises returns nothing, and the tasks after it need the verdict all the same.
+        context["ti"].xcom_push(key="return_value", value=result)
+        message = f"the challenger does not pass: {'; '.join(result['reasons'])}. Report: {result['report_uri']}"
+        raise AirflowSkipException(message) if self.on_fail == "skip" else AirflowFailException(message)
+
+    def _judge(self, context: Context) -> dict[str, Any]:
+        from airflow_mlops.evaluation import evaluate
+        from airflow_mlops.evaluation.latency import measure
+
+        if self.on_fail not in ("fail", "skip"):
+            raise InvalidInputError(f"on_fail is {self.on_fail!r}; expected 'fail' or 'skip'")
+        if is_blank(self.challenger_uri):
+            raise InvalidInputError("challenger_uri is empty; the training left no model (model_uri of its result)")
+        policy = self._policy()
+        champion_uri, champion_version = self._champion()
+        features = as_names(self.features, "features") or None
+        window = None
+        if not (is_blank(self.window_start) and is_blank(self.window_end)):
+            window = resolve_window(context, self.window_start, self.window_end)
+        frame, unlabelled = read_labelled(self.data_uri, self.label_column, window)
+        slices = as_names(self.slice_columns, "slice_columns")
+        if missing := [name for name in slices if name not in frame.columns]:
+            raise DataError(f"{self.data_uri} lacks the slice columns {missing}; it has {list(frame.columns)[:20]}")
+
+        arms = {"challenger": self.hook.predict_proba(self.challenger_uri, frame, features)}
+        if champion_uri is not None:
+            arms["champion"] = self.hook.predict_proba(champion_uri, frame, features)
+        latency = None
+        if len(frame) and (self.measure_latency or policy.max_latency_ms is not None):
+            latency = measure(self.hook.model_dir(self.challenger_uri), frame, features)
+        verdict = evaluate(
+            frame[self.label_column].to_numpy(),
+            arms.get("champion"),
+            arms["challenger"],
+            clusters=self._clusters(frame),
+            slices={name: frame[name].to_numpy() for name in slices},
+            policy=policy,
+            latency=latency,
+        )
+        self._log(verdict)
+        return {
+            **verdict.to_json(),
+            "challenger_uri": self.challenger_uri,
+            "champion_uri": champion_uri,
+            "champion_version": champion_version,
+            "unlabelled": unlabelled,
+            **self._publish(verdict, frame, arms),
+        }
+
+    def _policy(self) -> GatePolicy:
+        if isinstance(self.policy, GatePolicy):
+            return self.policy.validate()
+        return GatePolicy.from_json(as_mapping(self.policy, "policy"))
+
+    def _champion(self) -> tuple[str | None, str | None]:
+        """The champion's URI and version; both None when there is none, which a lost value must not look like."""
+        if not is_blank(self.champion_uri):
+            uri = str(self.champion_uri)
+            name, version = self.hook.resolve(uri) if uri.startswith("models:/") else ("", None)
+            return (f"models:/{name}/{version}" if version else uri), version
+        if is_blank(self.model_name):
+            if self.champion_uri == "":
+                return None, None
+            raise InvalidInputError(
+                f"champion_uri is {self.champion_uri!r} and there is no model_name: no champion, or a lost one? Give "
+                "model_name, so that the registry can tell; or champion_uri='' when there really is none."
+            )
+        if not is_blank(self.champion_version):
+            found = self.hook.version(str(self.model_name), str(self.champion_version))
+        else:
+            found = self.hook.version_by_alias(str(self.model_name), self.alias, missing_ok=True)
+            if found is not None and (self.champion_version is not None or self.champion_uri is not None):
+                raise ConcurrentChangeError(
+                    f"the champion was given as none, but the registry has version {found.version} of "
+                    f"{self.model_name} as {self.alias!r}; run this from the start"
+                )
+        if found is None:
+            return None, None
+        return f"models:/{self.model_name}/{found.version}", str(found.version)
+
+    def _clusters(self, frame: pd.DataFrame) -> Any:
+        if self.cluster == "day":
+            return frame[TIME].dt.strftime("%Y-%m-%d").to_numpy()
+        if self.cluster not in frame.columns:
+            raise DataError(f"{self.data_uri} lacks the cluster column {self.cluster!r}")
+        if frame[self.cluster].isna().any():
+            raise DataError(f"the cluster column {self.cluster!r} has missing values")
+        return frame[self.cluster].to_numpy()
+
+    def _log(self, verdict: GateVerdict) -> None:
+        rows: list[list[object]] = [
+            [check.name, check.value, check.limit, "yes" if check.passed else "NO"] for check in verdict.checks
+        ]
+        table = log_table(["check", "found", "required", "holds"], rows)
+        self.log.info("the challenger %s\n%s", "passes" if verdict.passed else "does NOT pass", table)
+
+    def _publish(self, verdict: GateVerdict, frame: pd.DataFrame, arms: Mapping[str, Any]) -> dict[str, str]:
+        from airflow_mlops.evaluation.report import render
+
+        label = frame[self.label_column].to_numpy()
+        page = render(verdict, label, arms["challenger"], arms.get("champion"), title=f"Gate, {self.task_id}")
+        return {
+            "report_uri": write_bytes(join(self.report_dir, "report.html"), page.encode()),
+            "verdict_uri": write_json(join(self.report_dir, "verdict.json"), verdict.to_json()),
+            "predictions_uri": _write_predictions(
+                join(self.report_dir, "predictions.parquet"), frame, self.label_column, arms
+            ),
+        }
