@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from airflow_mlops.exceptions import InvalidInputError
@@ -29,9 +29,9 @@ class ReplayReport:
     failed: int = 0
     fallbacks: int = 0
     labels: int = 0
-    arms: dict[str, int] | None = None
+    arms: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
-    errors: list[str] | None = None
+    errors: list[str] = field(default_factory=list)
     stopped: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -68,22 +68,23 @@ async def areplay(
     max_seconds: float | None = None,
     stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
     check_every: float = 0.5,
-    labels_per_call: int = 50,
+    batch_size: int = 1,
+    single_share: float = 0.2,
+    labels_per_call: int = 100,
     timeout: float = 30.0,
 ) -> ReplayReport:
     """Send ``rows`` in order, at most ``concurrency`` at a time; see :func:`replay`."""
     import aiohttp
 
     route_url = route_url.rstrip("/")
-    report = ReplayReport(arms={}, errors=[])
+    report = ReplayReport()
     started = time.monotonic()
     pending: list[dict[str, Any]] = []
     halt = asyncio.Event()
-    queue = iter(rows)
     sent = 0
 
     def note(error: BaseException) -> None:
-        if report.errors is not None and len(report.errors) < 5:
+        if len(report.errors) < 5:
             report.errors.append(f"{type(error).__name__}: {error}"[:300])
 
     async def post(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,28 +103,50 @@ async def areplay(
             except (aiohttp.ClientError, RuntimeError, TimeoutError) as error:
                 note(error)
 
+    def chunks() -> Iterator[list[Mapping[str, Any]]]:
+        """Rows to send together: mostly ``batch_size``, and by turns one alone, as only those are timed."""
+        single_every = max(round(1 / single_share), 1) if single_share > 0 else 0
+        batch: list[Mapping[str, Any]] = []
+        for index, row in enumerate(rows):
+            if batch_size <= 1 or (single_every and index % single_every == 0):
+                yield [row]
+            else:
+                batch.append(row)
+            if len(batch) >= batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def count(row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        if "error" in answer:
+            report.failed += 1
+            note(RuntimeError(str(answer["error"])))
+            return
+        report.arms[answer["arm"]] = report.arms.get(answer["arm"], 0) + 1
+        report.fallbacks += bool(answer.get("fallback"))
+        if row.get("label") is not None:
+            pending.append({"request_id": row["request_id"], "label": float(row["label"])})
+
     async def worker() -> None:
         nonlocal sent
-        for row in queue:
+        for chunk in queue:
             if halt.is_set():
                 return
-            position, sent = sent, sent + 1
+            position, sent = sent, sent + len(chunk)
             if rate:
                 await asyncio.sleep(max(started + position / rate - time.monotonic(), 0))
-            report.requests += 1
+            report.requests += len(chunk)
+            items = [{"request_id": row["request_id"], "features": row["features"]} for row in chunk]
             try:
-                answer = await post("", {"request_id": row["request_id"], "features": row["features"]})
+                answer = await post("", items[0] if len(items) == 1 else {"items": items})
             except (aiohttp.ClientError, RuntimeError, TimeoutError) as error:
-                report.failed += 1
+                report.failed += len(chunk)
                 note(error)
                 continue
-            arm = answer["arm"]
-            assert report.arms is not None
-            report.arms[arm] = report.arms.get(arm, 0) + 1
-            report.fallbacks += bool(answer.get("fallback"))
-            if row.get("label") is not None:
-                pending.append({"request_id": row["request_id"], "label": float(row["label"])})
-                await send_labels(labels_per_call)
+            for row, result in zip(chunk, [answer] if len(items) == 1 else answer["results"]):
+                count(row, result)
+            await send_labels(labels_per_call)
 
     async def watch() -> None:
         while True:
@@ -139,6 +162,7 @@ async def areplay(
                     note(error)
             await asyncio.sleep(check_every)
 
+    queue = chunks()
     connector = aiohttp.TCPConnector(limit=concurrency + 4)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout)) as session:
         watcher = asyncio.create_task(watch())
@@ -169,6 +193,7 @@ def replay(route_url: str, rows: Iterable[Mapping[str, Any]], **options: Any) ->
     :param rows: ``{"request_id", "features": {...}, "label": 0 | 1 | None}``; see :func:`frame_rows`
     :param options: ``concurrency`` (16), ``rate`` (requests per second, as fast as possible if not given),
         ``max_seconds``, ``stop_when`` (a function of the route's state, asked every ``check_every`` seconds),
-        ``labels_per_call`` (50), ``timeout`` (seconds per request)
+        ``batch_size`` (1: one row per call) with ``single_share`` (0.2, rows still sent alone, which are the ones
+        timed), ``labels_per_call`` (100), ``timeout`` (seconds per request)
     """
     return asyncio.run(areplay(route_url, rows, **options))

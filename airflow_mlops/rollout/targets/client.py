@@ -176,6 +176,7 @@ class Route:
                 "import_path": IMPORT_PATH,
                 "runtime_env": environment,
                 "args": {"route": self.name, **self.options},
+                "logging_config": {"enable_access_log": False},
                 "deployments": [
                     {"name": "router", "user_config": router},
                     {"name": "slot_a", "user_config": {"version": version, "uri": uri}},
