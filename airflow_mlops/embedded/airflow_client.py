@@ -58,9 +58,9 @@ class AirflowClient:
         errors = self.call("GET", "/importErrors")["import_errors"]
         return {error["filename"]: error["stack_trace"] for error in errors}
 
-    def unpause(self, dag_id: str) -> None:
-        """Let the scheduler run the Dag."""
-        self.call("PATCH", f"/dags/{dag_id}", json={"is_paused": False})
+    def pause(self, dag_id: str, paused: bool = True) -> None:
+        """Let the scheduler start no run of the Dag, or with ``paused=False`` let it."""
+        self.call("PATCH", f"/dags/{dag_id}", json={"is_paused": paused})
 
     def task_ids(self, dag_id: str) -> list[str]:
         """The Dag's task ids, in topological order as far as the API gives it."""
@@ -85,12 +85,10 @@ class AirflowClient:
         """Forget a run."""
         self.call("DELETE", f"/dags/{dag_id}/dagRuns/{quote(run_id, safe='')}")
 
-    def cancel_backfills(self, dag_id: str) -> None:
-        """End the Dag's unfinished backfills: queued runs fail, running ones go on."""
+    def backfill_active(self, dag_id: str) -> bool:
+        """Whether a backfill of the Dag is unfinished; Airflow takes no other one until then."""
         listing = self.call("GET", "/backfills", params={"dag_id": dag_id})["backfills"]
-        for backfill in listing:
-            if backfill["completed_at"] is None:
-                self.call("PUT", f"/backfills/{backfill['id']}/cancel")
+        return any(backfill["completed_at"] is None for backfill in listing)
 
     def backfill(self, dag_id: str, first: dt.date, last: dt.date) -> int:
         """Run the Dag's intervals that start from ``first`` to ``last``, one at a time; returns the backfill's id."""

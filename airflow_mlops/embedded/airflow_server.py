@@ -2,8 +2,11 @@
 
 :class:`AirflowServer` is the side that starts it; ``python -m airflow_mlops.embedded.airflow_server`` is the
 process itself: it creates or migrates the database, declares dead what an earlier server left marked as running,
-so that its tasks are taken up at once, and forks scheduler, Dag processor, triggerer and API server. Each part
+so that its tasks are taken up at once, and forks API server, Dag processor, triggerer and scheduler. Each part
 runs its own command of the ``airflow`` program. When one ends, all end, and the status file says which.
+
+Triggerer and scheduler start when the API server answers: tasks report through it, and those that an earlier
+server left queued would fail for want of it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -23,7 +27,8 @@ import requests
 from airflow_mlops.embedded.guard import die_with_parent
 from airflow_mlops.embedded.processes import Service, ServiceDiedError, tail
 
-COMPONENTS = ("scheduler", "dag-processor", "triggerer", "api-server")
+_FIRST = ("api-server", "dag-processor")
+_WHEN_API_ANSWERS = ("triggerer", "scheduler")
 # The names under which the health endpoint reports, against the names of the commands.
 _HEALTH_KEYS = ("metadatabase", "scheduler", "triggerer", "dag_processor")
 _STATUS_FILE = "airflow-status.json"
@@ -134,14 +139,36 @@ class AirflowServer:
         self.service.stop()
 
 
-def _mark_dead_jobs() -> None:
-    """End in the database every job that still counts as running; only this server uses it and it runs none yet."""
-    from airflow.jobs.job import Job
-    from airflow.utils.session import create_session
-    from sqlalchemy import update
+def _settle_the_past() -> None:
+    """End in the database what still counts as running; only this server uses it and it runs nothing yet.
 
+    Jobs, which would else be waited for until their heartbeat is too old, and backfills whose runs are all over,
+    which the scheduler completes only after half a minute and which forbid the next one until then.
+    """
+    from airflow.jobs.job import Job
+    from airflow.models.backfill import Backfill
+    from airflow.models.dagrun import DagRun
+    from airflow.utils.session import create_session
+    from sqlalchemy import exists, func, select, update
+
+    unfinished = exists(select(DagRun.id).where(DagRun.backfill_id == Backfill.id, DagRun.end_date.is_(None)))
     with create_session() as session:
         session.execute(update(Job).where(Job.state == "running").values(state="failed"))
+        session.execute(
+            update(Backfill)
+            .where(Backfill.completed_at.is_(None), ~unfinished)
+            .values(completed_at=func.now())
+            .execution_options(synchronize_session=False)
+        )
+
+
+def _api_answers(url: str) -> bool:
+    """Whether the API that tasks report to is up; the first call makes the server build it."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=2) as response:
+            return response.status == 200
+    except OSError:
+        return False
 
 
 def _fork(component: str, log: Path) -> int:
@@ -193,12 +220,12 @@ def main() -> int:
         signal.signal(sig, ask_stop)
 
     from airflow import settings as airflow_settings
-    from airflow.configuration import write_default_airflow_configuration_if_needed
+    from airflow.configuration import conf, write_default_airflow_configuration_if_needed
     from airflow.utils import db
 
     write_default_airflow_configuration_if_needed()
     db.initdb()
-    _mark_dead_jobs()
+    _settle_the_past()
     # Imported once here, shared by all four after the forks.
     import airflow.cli.commands.dag_processor_command
     import airflow.cli.commands.scheduler_command
@@ -208,9 +235,18 @@ def main() -> int:
     airflow_settings.dispose_orm(do_log=False)
     if stop:
         return 0
-    parts = {_fork(component, logs / f"airflow-{component}.log"): component for component in COMPONENTS}
+    parts: dict[int, str] = {}
+
+    def fork(components: tuple[str, ...]) -> None:
+        parts.update({_fork(component, logs / f"airflow-{component}.log"): component for component in components})
+
+    fork(_FIRST)
+    complete = False
     dead: tuple[str, int] | None = None
     while not stop and dead is None:
+        if not complete and _api_answers(conf.get_mandatory_value("core", "execution_api_server_url")):
+            fork(_WHEN_API_ANSWERS)
+            complete = True
         pid, raw = os.waitpid(-1, os.WNOHANG)
         if pid in parts:
             dead = parts.pop(pid), os.waitstatus_to_exitcode(raw)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 _WIDTH, _HEIGHT = 640, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 92, 16, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 74, 16, 34
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:

@@ -127,11 +127,15 @@ class MonthRunner:
         """
         self._wait_for_dag()
         self._total = len(self._client.task_ids(self._dag_id))
-        self._client.cancel_backfills(self._dag_id)
-        self._client.unpause(self._dag_id)
-        kept = self._take_up()
-        missing = [month for month in self._months if month not in self._runs()]
+        kept = self._prepare()
+        self._client.pause(self._dag_id, False)
+        for month in self._runs():
+            if month in self._months and month not in kept:
+                self._follow(month)
+        missing = [month for month in self._months if month not in self._finished]
         if missing:
+            while self._client.backfill_active(self._dag_id):
+                self._pause("Airflow has not yet completed an earlier backfill")
             self._client.backfill(self._dag_id, first_day(missing[0]), first_day(missing[-1]))
             for month in missing:
                 self._follow(month)
@@ -145,25 +149,20 @@ class MonthRunner:
                 raise InvalidInputError(f"Airflow cannot import the Dag files. Mend them and start again.\n{text}")
             self._pause(f"Airflow has not found the Dag {self._dag_id!r}; is it in the Dags folder?")
 
-    def _take_up(self) -> list[str]:
-        """Finish what an earlier start left unfinished; returns the months it had finished."""
+    def _prepare(self) -> list[str]:
+        """Make what an earlier start left unfinished ready to go on; returns the months it had finished."""
         kept = []
-        for month in self._months:
-            run = self._runs().get(month)
-            if run is None:
-                continue
+        for month, run in self._runs().items():
             state = self._state(month, run)
-            if state.done:
+            if month not in self._months:
+                if run["state"] == "queued":
+                    self._client.delete_run(self._dag_id, run["dag_run_id"])
+            elif state.done:
                 kept.append(month)
                 self._finished[month] = state
-            elif run["state"] in ("queued", "running"):
-                self._follow(month)
-            elif any(state.tasks.values()):
+            elif run["state"] in ("success", "failed"):
+                # Only what failed and what waits for it: nothing that succeeded is done twice.
                 self._client.clear_failed(self._dag_id, run["dag_run_id"])
-                self._follow(month)
-            else:
-                # Failed without a task: the backfill that held it was ended before its turn came.
-                self._client.delete_run(self._dag_id, run["dag_run_id"])
         return kept
 
     def _follow(self, month: str) -> None:
@@ -176,6 +175,8 @@ class MonthRunner:
                 self._finished[month] = state
                 return
             if run and run["state"] in ("success", "failed"):
+                # The next month must not begin on top of a broken one.
+                self._client.pause(self._dag_id)
                 raise MonthFailedError(self._explain(state, run["dag_run_id"]))
             self._pause(f"{month} is {state.state}; at work: {', '.join(state.running) or 'nothing'}")
 
@@ -192,9 +193,10 @@ class MonthRunner:
         time.sleep(self._poll)
 
     def _runs(self) -> dict[str, dict[str, Any]]:
-        """Latest run by month."""
+        """Latest run by month, earliest month first."""
         runs = self._client.runs(self._dag_id)
-        return {run["data_interval_start"][:7]: run for run in runs if run.get("data_interval_start")}
+        by_month = {run["data_interval_start"][:7]: run for run in runs if run.get("data_interval_start")}
+        return dict(sorted(by_month.items()))
 
     def _state(self, month: str, run: Mapping[str, Any]) -> MonthState:
         instances = self._client.task_instances(self._dag_id, run["dag_run_id"])

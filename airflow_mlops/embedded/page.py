@@ -19,7 +19,7 @@ _STYLE = """
 --champion:#6ea8fe;--frozen:#ff9d57;--rate:#8390a8;--good:#56c98a;--bad:#ff7b74;--warn:#e3b556;--chip:#272b33}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1180px;margin:0 auto;padding:36px 24px 72px}h1{font-size:27px;line-height:1.25;margin:0 0 8px}
+main{max-width:1240px;margin:0 auto;padding:36px 24px 72px}h1{font-size:27px;line-height:1.25;margin:0 0 8px}
 h2{font-size:19px;margin:40px 0 12px}h3{font-size:15px;margin:0 0 8px}p{margin:0 0 10px;max-width:76ch}
 .muted{color:var(--muted)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:22px 0}
@@ -30,7 +30,7 @@ svg{width:100%;height:auto;display:block}.grid{stroke:var(--rule)}.tick,.value{f
 .name{font-size:13px;font-weight:600}.dot{stroke:var(--card);stroke-width:1.5}
 .promoted{stroke:var(--good);stroke-dasharray:4 4;stroke-width:1.5}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:10px}
-table{border-collapse:collapse;width:100%;font-size:14px}th,td{padding:8px 12px;text-align:left;white-space:nowrap;
+table{border-collapse:collapse;width:100%;font-size:13.5px}th,td{padding:7px 9px;text-align:left;white-space:nowrap;
 border-bottom:1px solid var(--rule)}tr:last-child td{border-bottom:0}
 th{color:var(--muted);font-weight:600;font-size:13px}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
@@ -40,7 +40,10 @@ details{background:var(--card);border:1px solid var(--rule);border-radius:10px;m
 summary{cursor:pointer;padding:12px 18px;font-weight:600}summary .chip{margin-left:8px}
 details>div{padding:2px 18px 16px}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:20px}
-.facts td,.facts th{padding:3px 10px 3px 0;white-space:normal;border:0;vertical-align:top;overflow-wrap:anywhere}
+.acts td,.acts th{padding:6px 4px;text-align:center}.acts td:first-child{text-align:left}
+.facts{width:auto}
+.facts td,.facts th{padding:3px 10px 3px 0;white-space:normal;
+border:0;vertical-align:top;overflow-wrap:anywhere}
 .facts td:first-child{color:var(--muted);white-space:nowrap}ul{margin:0 0 10px;padding-left:20px}
 """
 _TONES = {
@@ -100,7 +103,9 @@ def _number(value: Any, digits: int = 4) -> str:
 
 
 def _signed(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
+    if value is None:
+        return "–"
+    return "0" if value == 0 else f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _chip(text: str) -> str:
@@ -161,7 +166,7 @@ def _plots(months: Sequence[MonthSummary]) -> str:
             "frozen": [getattr(month.frozen, name, None) for month in months],
         }
 
-    note = '<p class="muted">Dashed green: a new champion took over after the month to its left.</p>'
+    note = '<p class="muted">Dashed green lines: a new champion took over after the month to the left.</p>'
     plots = [
         (
             "Log loss on the month, lower is better",
@@ -174,8 +179,8 @@ def _plots(months: Sequence[MonthSummary]) -> str:
         ),
     ]
     cards = [f'<div class="card"><h3>{title}</h3>{plot}</div>' for title, plot in plots]
-    cards.append(f'<div class="card"><h3>When the loop acted</h3>{_actions(months)}{note}</div>')
-    return f'<div class="plots">{"".join(cards)}</div>'
+    cards.append(f'<div class="card"><h3>When the loop acted</h3>{_actions(months)}</div>')
+    return f'{note}<div class="plots">{"".join(cards)}</div>'
 
 
 def _actions(months: Sequence[MonthSummary]) -> str:
@@ -192,7 +197,7 @@ def _actions(months: Sequence[MonthSummary]) -> str:
         row("won the canary", [dot if month.canary == "promote" else "·" for month in months]),
         row("new champion", [dot if month.promoted else "·" for month in months]),
     ]  # fmt: skip
-    return f'<div style="overflow-x:auto"><table>{head}{"".join(rows)}</table></div>'
+    return f'<div style="overflow-x:auto"><table class="acts">{head}{"".join(rows)}</table></div>'
 
 
 def _table(months: Sequence[MonthSummary]) -> str:
@@ -205,7 +210,7 @@ def _table(months: Sequence[MonthSummary]) -> str:
         ("gain", "n"),
     ]
     heads += [("AUC champion", "n"), ("frozen", "n"), ("late rate", "n"), ("gate", ""), ("canary", "")]
-    heads += [("CPU / GPU s", "n"), ("serves next", "")]
+    heads += [("CPU / GPU s", "n"), ("next", "")]
     rows = []
     for m in months:
         tone = "" if not m.gain else ("good" if m.gain > 0 else "bad")
@@ -216,7 +221,7 @@ def _table(months: Sequence[MonthSummary]) -> str:
             (_number(m.champion and m.champion.auc), "n"), (_number(m.frozen and m.frozen.auc), "n"),
             (_number(m.base_rate, 3), "n"), (_chip(m.gate), ""), (_chip(m.canary), ""),
             (f"{_number(m.cpu_seconds, 1)} / {_number(m.gpu_seconds, 1)}" if m.retrained else "–", "n"),
-            (f"version {escape(m.champion_after)}" if m.champion_after else "–", ""),
+            (f"v{escape(m.champion_after)}" if m.champion_after else "–", ""),
         ]  # fmt: skip
         rows.append("<tr>" + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells) + "</tr>")
     head = "".join(f'<th class="{kind}">{text}</th>' for text, kind in heads)
