@@ -6,6 +6,7 @@ training loop asks for it with ``ray.train.get_checkpoint()``.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -20,7 +21,7 @@ from airflow_mlops import storage
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError
 from airflow_mlops.training.decide import EXIT_APP, EXIT_INFRA, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED
 from airflow_mlops.training.export import export_model
-from airflow_mlops.training.fence import STALE_AFTER, Fence
+from airflow_mlops.training.fence import Fence
 from airflow_mlops.training.result import TrainingResult, finite, read_result, write_result
 from airflow_mlops.training.runs import committed_checkpoint
 from airflow_mlops.training.spec import TrainingSpec, load_callable
@@ -28,6 +29,13 @@ from airflow_mlops.training.usage import Meter, measured
 
 log = logging.getLogger(__name__)
 
+TRAINER_CLASSES = {
+    "xgboost": ("ray.train.xgboost", "XGBoostTrainer"),
+    "lightgbm": ("ray.train.lightgbm", "LightGBMTrainer"),
+    "torch": ("ray.train.torch", "TorchTrainer"),
+    "jax": ("ray.train.v2.jax.jax_trainer", "JaxTrainer"),
+    "data_parallel": ("ray.train.v2.api.data_parallel_trainer", "DataParallelTrainer"),
+}
 #: Ray Train looks for reports this often; its own 2 s would make every ``ray.train.report`` cost up to 2 s.
 POLL_INTERVAL = 0.1
 ERROR_TAIL = 8_000
@@ -48,11 +56,9 @@ def drive(spec: TrainingSpec) -> int:
     workers = None if own_ray else spec.file(f"workers-a{spec.attempt}")
     per_worker = (spec.resources_per_worker or {}).get("GPU", 1.0 if spec.use_gpu else 0.0)
     meter = Meter(gpus=per_worker * spec.num_workers, worker_dir=workers)
-    # On this machine an owner's death is seen at once; elsewhere only by its silence.
-    patience = 0.0 if own_ray else STALE_AFTER + 10
     signal.signal(signal.SIGTERM, _raise_stopped)
     try:
-        with Fence(spec, meter.read_all, on_lost=lambda: os._exit(EXIT_REFUSED), patience=patience) as fence:
+        with Fence(spec, meter.read_all, on_lost=lambda: os._exit(EXIT_REFUSED), patience=spec.patience) as fence:
             done = read_result(spec)
             if done is not None and done.succeeded and done.fingerprint == spec.fingerprint:
                 write_result(spec, replace(done, attempt=spec.attempt))
@@ -106,7 +112,10 @@ def _train(spec: TrainingSpec, meter: Meter, seconds: dict[str, float]) -> dict[
     try:
         with _timed(seconds, "train"):
             meter.reserve()
-            result = _trainer(spec, train_fn).fit()
+            trainer = _trainer(spec, train_fn)
+            if spec.ray_address is None:
+                _without_cleaner(trainer)
+            result = trainer.fit()
             meter.release()
         if result.checkpoint is None:
             raise InvalidInputError(
@@ -123,8 +132,21 @@ def _train(spec: TrainingSpec, meter: Meter, seconds: dict[str, float]) -> dict[
     return {"metrics": finite(result.metrics or {}), "checkpoint_uri": checkpoint_uri, "model_uri": model_uri}
 
 
+def _without_cleaner(trainer: Any) -> None:
+    # It frees a cluster of what a dead controller held; a Ray that ends with its driver has no use for that actor,
+    # and it fails every second where there is no dashboard.
+    create = getattr(trainer, "_create_default_callbacks", None)
+    if create is not None:
+        trainer._create_default_callbacks = lambda: [
+            callback for callback in create() if type(callback).__name__ != "PlacementGroupCleanerCallback"
+        ]
+
+
 def _prepare_own_ray() -> None:
     import secrets
+
+    # One machine that is never preempted: one process less.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
     # Without a token of its own Ray would write one into the home directory, which may not be writable.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -151,8 +173,8 @@ def _start_ray(spec: TrainingSpec) -> None:
     for resource, amount in needs.items():
         if amount * spec.num_workers > have.get(resource, 0.0):
             raise InvalidInputError(
-                f"{spec.num_workers} workers with {amount:g} {resource} each need {amount * spec.num_workers:g}, and this "
-                f"machine has {have.get(resource, 0.0):g}; lower num_workers or resources_per_worker"
+                f"{spec.num_workers} workers with {amount:g} {resource} each need {amount * spec.num_workers:g}, and "
+                f"this machine has {have.get(resource, 0.0):g}; lower num_workers or resources_per_worker"
             )
 
 
@@ -173,7 +195,7 @@ def _trainer(spec: TrainingSpec, train_fn: Any) -> Any:
             name=spec.run_key,
             storage_path=path,
             # Ray would wait for ever for capacity that does not come.
-            failure_config=FailureConfig(max_failures=spec.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=spec.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=spec.checkpoints_to_keep),
         ),
     )
@@ -184,23 +206,14 @@ def trainer_class(trainer: str) -> Any:
 
     :raises InvalidInputError: its library is not installed where the driver runs
     """
+    module, name = TRAINER_CLASSES[trainer]
     try:
-        if trainer == "xgboost":
-            from ray.train.xgboost import XGBoostTrainer as chosen
-        elif trainer == "lightgbm":
-            from ray.train.lightgbm import LightGBMTrainer as chosen
-        elif trainer == "torch":
-            from ray.train.torch import TorchTrainer as chosen
-        elif trainer == "jax":
-            from ray.train.v2.jax import JaxTrainer as chosen
-        else:
-            from ray.train.data_parallel_trainer import DataParallelTrainer as chosen
+        return getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise InvalidInputError(
             f'trainer "{trainer}" needs a library that is not installed where the driver runs ({error}); install it '
             f"there, for example with pip install 'airflow-mlops[{trainer}]'"
         ) from error
-    return chosen
 
 
 def is_infrastructure(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from airflow_mlops import storage
@@ -102,7 +102,7 @@ def _outputs(booster_config: str) -> int:
     return max(1, int(json.loads(booster_config)["learner"]["learner_model_param"].get("num_class", 0) or 0))
 
 
-def _signature(names: list[str] | None, features: int, outputs: int) -> Any:
+def _signature(names: Sequence[str] | None, features: int, outputs: int) -> Any:
     # Given explicitly: inferring it would run the model on an example, in another process.
     import numpy as np
     from mlflow.models import ModelSignature

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from airflow_mlops import storage
@@ -74,7 +74,7 @@ class Owner:
     attempt: int
     heartbeat: float
     released: bool = False
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, for :meth:`from_json`."""
@@ -121,9 +121,9 @@ def wait_until_free(
             return owner
         if clock() >= deadline:
             raise ConcurrentChangeError(
-                f"another driver (process {owner.pid} on {owner.host.partition('/')[0]}, attempt {owner.attempt}) works "
-                f"in {spec.run_dir}. Two would overwrite each other's checkpoints: wait for it, stop it, or give this "
-                "run another run_key."
+                f"another driver (process {owner.pid} on {owner.host.partition('/')[0]}, attempt {owner.attempt}) "
+                f"works in {spec.run_dir}. Two would overwrite each other's checkpoints: wait for it, stop it, or give "
+                "this run another run_key."
             )
         sleep(min(0.5, patience / 4 or 0.5))
 

@@ -63,7 +63,7 @@ class TrainingResult:
     exit_class: str | None = None
     error: str | None = None
     resumed_from: str | None = None
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -41,6 +41,8 @@ class TrainingSpec:
         MLflow model directory; None: the built-in one of xgboost and lightgbm, no model for the other trainers
     :param ray_address: None starts a Ray of the driver's own; ``"auto"`` joins the cluster the driver runs in
     :param num_cpus: CPUs of the driver's own Ray; None: all of the machine
+    :param patience: seconds to wait for an earlier driver of the run to be gone; more than the time after which a
+        silent one on another machine counts as gone
     :param name: what is trained, for messages and for the fingerprint when ``train_fn`` is pickled
     """
 
@@ -58,6 +60,7 @@ class TrainingSpec:
     exporter: str | None = None
     ray_address: str | None = None
     num_cpus: int | None = None
+    patience: float = 75.0
     name: str | None = None
 
     @property
@@ -96,8 +99,8 @@ class TrainingSpec:
                 )
         if not self.storage_path:
             raise InvalidInputError(
-                "storage_path is missing; give a folder (local mode) or a URI such as s3://bucket/runs that the driver, "
-                "its Ray workers and Airflow can all read and write"
+                "storage_path is missing; give a folder (local mode) or a URI such as s3://bucket/runs that the "
+                "driver, its Ray workers and Airflow can all read and write"
             )
         if not _RUN_KEY.match(self.run_key):
             raise InvalidInputError(
@@ -107,9 +110,9 @@ class TrainingSpec:
         whole("num_workers", self.num_workers, at_least=1)
         whole("attempt", self.attempt, at_least=1)
         whole("max_failures", self.max_failures, at_least=-1)
-        for name, value in (("checkpoints_to_keep", self.checkpoints_to_keep), ("num_cpus", self.num_cpus)):
-            if value is not None:
-                whole(name, value, at_least=1)
+        for name, count in (("checkpoints_to_keep", self.checkpoints_to_keep), ("num_cpus", self.num_cpus)):
+            if count is not None:
+                whole(name, count, at_least=1)
         for resource, amount in (self.resources_per_worker or {}).items():
             if not isinstance(amount, int | float) or isinstance(amount, bool) or not 0 <= amount < float("inf"):
                 raise InvalidInputError(f"resources_per_worker[{resource!r}] is {amount!r}; expected a number >= 0")
@@ -171,8 +174,8 @@ def load_callable(reference: str, what: str = "train_fn") -> Callable[..., Any]:
             return cloudpickle.loads(storage.read_bytes(reference.removeprefix(PICKLED)))
         except Exception as error:
             raise InvalidInputError(
-                f"the pickled {what} cannot be loaded: {type(error).__name__}: {error}. Airflow and the Ray cluster need "
-                "the same Python minor version, and the modules it uses must be installed on the cluster."
+                f"the pickled {what} cannot be loaded: {type(error).__name__}: {error}. Airflow and the Ray cluster "
+                "need the same Python minor version, and the modules it uses must be installed on the cluster."
             ) from error
     module_name, _, name = reference.partition(":")
     try:

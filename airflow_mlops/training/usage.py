@@ -26,7 +26,8 @@ class Meter:
 
     def __init__(self, gpus: float = 0.0, worker_dir: str | None = None) -> None:
         self._began = time.monotonic()
-        self._gpus, self._gpu_since, self._gpu_seconds = gpus, None, 0.0
+        self._gpus, self._gpu_seconds = gpus, 0.0
+        self._gpu_since: float | None = None
         self.worker_dir = worker_dir
         self._seen: dict[tuple[int, float], float] = {}
 

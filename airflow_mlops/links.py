@@ -1,0 +1,62 @@
+"""Extra links of the operators, made from XCom alone.
+
+A link is asked for at every exit of a worker, deferral and resume included, when the operator's attributes may be
+those of a fresh instance; what is in XCom stays right.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import XCom
+from airflow.sdk import BaseOperatorLink
+
+if TYPE_CHECKING:
+    from airflow.sdk import BaseOperator
+    from airflow.sdk.types import TaskInstanceKey
+
+#: XCom key of ``{"dashboard_url", "submission_id", "attempt", "run_dir"}``, pushed whenever an attempt starts.
+RAY_ATTEMPT = "ray_attempt"
+#: XCom key of an address in MLflow's web interface.
+MLFLOW_URL = "mlflow_url"
+
+
+class RayDashboardLink(BaseOperatorLink):
+    """The job of the current attempt in Ray's dashboard; none in local mode."""
+
+    name = "Ray dashboard"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """The link, empty where there is nothing to show."""
+        attempt = XCom.get_value(ti_key=ti_key, key=RAY_ATTEMPT) or {}
+        if not attempt.get("dashboard_url"):
+            return ""
+        return f"{attempt['dashboard_url'].rstrip('/')}/#/jobs/{attempt['submission_id']}"
+
+
+class MlflowRunLink(BaseOperatorLink):
+    """The run or model version in MLflow: XCom ``mlflow_url``, or that field of the task's result."""
+
+    name = "MLflow"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """The link, empty where MLflow has no web address."""
+        pushed = XCom.get_value(ti_key=ti_key, key=MLFLOW_URL)
+        return str(pushed or _result(ti_key).get(MLFLOW_URL) or "")
+
+
+class ReportLink(BaseOperatorLink):
+    """The report a task has written: ``html_uri`` of its result, else ``report_uri``."""
+
+    name = "Report"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """The link, empty before there is a report."""
+        result = _result(ti_key)
+        uri = str(result.get("html_uri") or result.get("report_uri") or "")
+        return f"file://{uri}" if uri.startswith("/") else uri
+
+
+def _result(ti_key: TaskInstanceKey) -> dict[str, Any]:
+    value = XCom.get_value(ti_key=ti_key, key="return_value")
+    return value if isinstance(value, dict) else {}
