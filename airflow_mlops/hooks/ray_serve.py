@@ -68,7 +68,8 @@ class RayServeHook(BaseHook):
         address = urlsplit(host)
         if not address.hostname or address.scheme not in ("http", "https"):
             raise InvalidInputError(
-                f"the host of connection {self.ray_conn_id!r} is {connection.host!r}; expected http://host or a host name"
+                f"the host of connection {self.ray_conn_id!r} is {connection.host!r}; expected http://host or "
+                "a host name"
             )
         port = connection.port or address.port or 8265
         extra = connection.extra_dejson

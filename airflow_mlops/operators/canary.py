@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator
@@ -133,10 +134,8 @@ class CanaryPromoteOperator(BaseOperator):
                     method_name="execute_complete",
                 )
             self._running = (route, spec)
-            try:
-                result = asyncio.run(self._roll_out(route, spec))
-            finally:
-                self._running = None
+            result = asyncio.run(self._roll_out(route, spec))
+            self._running = None
             return self._conclude(result)
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
@@ -149,8 +148,11 @@ class CanaryPromoteOperator(BaseOperator):
 
     def on_kill(self) -> None:
         """Give all traffic back to the champion; also called on timeout."""
-        if self._running is not None:
-            asyncio.run(self._abort(*self._running))
+        if self._running is None:
+            return
+        # The signal may arrive inside the rollout's own event loop, so the call gets a thread and a loop of its own.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pool.submit(asyncio.run, self._abort(*self._running)).result()
 
     async def _roll_out(self, options: dict[str, Any], spec: RolloutSpec) -> dict[str, Any]:
         from airflow_mlops.rollout.controller import run_rollout

@@ -1,0 +1,217 @@
+"""Error rates of the judge, by simulation with fixed seeds, and its verdict on everything that can be missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from airflow_mlops.rollout import Guardrail, Judge, RolloutPolicy
+from airflow_mlops.rollout.observation import BUCKET_EDGES
+
+FAST = RolloutPolicy(steps=(10, 50, 100), min_requests=100, deadline_seconds=240 * 60)
+ONE_STEP = RolloutPolicy(steps=(10, 100), min_requests=100, deadline_seconds=240 * 60)
+
+
+def outcomes(route, runs, policy, guardrails, **world):
+    counts = {"PROMOTE": 0, "ROLLBACK": 0}
+    for seed in range(runs):
+        verdict = route(seed, **world).run(Judge(policy, guardrails))[-1]
+        counts[verdict.decision] += 1
+    return counts
+
+
+def test_an_equal_canary_is_promoted_and_rarely_rolled_back(route):
+    counts = outcomes(route, 60, FAST, None, shock=0.5)
+    assert counts["PROMOTE"] >= 58
+
+
+@pytest.mark.parametrize(
+    "world",
+    [{"errors": (0.005, 0.015)}, {"latency": (0.02, 0.05)}, {"errors": (0.0, 0.05)}],
+    ids=["errors", "latency", "first errors"],
+)
+def test_a_worse_canary_is_rolled_back(route, world):
+    counts = outcomes(route, 30, FAST, None, **world)
+    assert counts == {"PROMOTE": 0, "ROLLBACK": 30}
+
+
+def test_a_canary_at_the_margin_is_promoted_at_most_at_rate_beta(route):
+    guardrails = [Guardrail.errors(margin=0.5, harm_margin=0.5, tolerance=0.0)]
+    policy = dataclasses.replace(ONE_STEP, beta=0.2, steps=(50, 100), deadline_seconds=120 * 60)
+    counts = outcomes(route, 100, policy, guardrails, errors=(0.01, 0.015))
+    # Rate 0.2 over 100 runs: more than 0.2 + 3 standard errors would refute it; none at all would mean no power.
+    assert 1 <= counts["PROMOTE"] <= 32
+
+
+def test_a_canary_at_the_harm_margin_is_rolled_back_early_at_most_at_rate_alpha(route):
+    policy = dataclasses.replace(ONE_STEP, alpha=0.2, beta=1e-12, steps=(50, 100), deadline_seconds=10**9)
+    early = 0
+    for seed in range(100):
+        judge = Judge(policy, [Guardrail.errors(margin=1.0, harm_margin=0.25, tolerance=0.0)])
+        early += route(seed, errors=(0.01, 0.0125)).run(judge, looks=120)[-1].decision == "ROLLBACK"
+    assert 1 <= early <= 32
+
+
+def test_errors_below_the_tolerance_are_no_harm(route):
+    counts = outcomes(route, 10, FAST, [Guardrail.errors(tolerance=0.02)], errors=(0.001, 0.008))
+    assert counts["PROMOTE"] == 10
+
+
+def test_no_error_in_many_requests_is_evidence(route):
+    verdicts = route(1, errors=(0.0, 0.0)).run(Judge(FAST, [Guardrail.errors(tolerance=0.01)]))
+    assert verdicts[-1].decision == "PROMOTE"
+    assert 300 <= verdicts[-1].requests["canary"] <= 1500
+
+
+def test_no_error_without_a_tolerance_is_no_evidence(route):
+    verdict = route(1, errors=(0.0, 0.0)).run(Judge(FAST, [Guardrail.errors(tolerance=0.0)]))[-1]
+    assert verdict.decision == "ROLLBACK"
+    assert "deadline" in verdict.reasons[0]
+
+
+def test_loss_equal_worse_and_at_the_margin(route):
+    guardrails = [Guardrail.loss(margin=0.05)]
+    assert outcomes(route, 25, FAST, guardrails)["PROMOTE"] >= 24
+    assert outcomes(route, 25, FAST, guardrails, loss=(0.45, 0.6))["ROLLBACK"] == 25
+    at_margin = dataclasses.replace(ONE_STEP, beta=0.2, alpha=1e-9, steps=(50, 100), deadline_seconds=60 * 60)
+    assert outcomes(route, 60, at_margin, guardrails, loss=(0.45, 0.5))["PROMOTE"] <= 21
+
+
+def test_a_loss_that_moves_in_time_is_not_taken_for_the_canary(route):
+    """Early looks have few canary requests, late ones many: pooled means would differ by the trend."""
+    for seed in range(10):
+        world, judge = route(seed, traffic=500), Judge(FAST, [Guardrail.loss(margin=0.1)])
+        for look in range(300):
+            world.loss = (0.2 + 0.02 * look, 0.2 + 0.02 * look)
+            verdict = judge.observe(world.look(judge.weight))
+            assert not any("canary is worse" in reason for reason in verdict.reasons)
+            if verdict.final:
+                break
+
+
+def test_scores_may_not_drift_either_way(route):
+    guardrails = [Guardrail.score(margin=0.05)]
+    assert outcomes(route, 10, FAST, guardrails)["PROMOTE"] == 10
+    assert outcomes(route, 10, FAST, guardrails, score=(0.3, 0.4))["ROLLBACK"] == 10
+    assert outcomes(route, 10, FAST, guardrails, score=(0.3, 0.2))["ROLLBACK"] == 10
+
+
+def test_a_sample_ratio_mismatch_is_found_and_never_promoted(route):
+    world, judge = route(3, true_share=0.08, errors=(0.0, 0.0)), Judge(ONE_STEP, ["errors"])
+    verdicts = world.run(judge)
+    assert verdicts[-1].decision == "ROLLBACK" and "deadline" in verdicts[-1].reasons[0]
+    found = next(v for v in verdicts if any("sample ratio" in reason for reason in v.reasons))
+    assert sum(found.requests.values()) <= 8000
+    for seed in range(30):
+        for verdict in route(seed).run(Judge(ONE_STEP, ["errors"]), looks=60):
+            assert not any("sample ratio" in reason for reason in verdict.reasons)
+
+
+def test_another_process_continues_with_the_same_verdicts(route):
+    world, judge = route(5, shock=0.5), Judge(FAST, ["errors", "latency", "log_loss", "score"])
+    observations, verdicts, state = [], [], None
+    for _ in range(100):
+        observations.append(world.look(judge.weight))
+        verdicts.append(judge.observe(observations[-1]))
+        if verdicts[-1].final:
+            break
+    assert verdicts[-1].decision == "PROMOTE"
+    again = []
+    for observation in observations:
+        other = Judge(FAST, ["errors", "latency", "log_loss", "score"], state)
+        again.append(other.observe(observation))
+        state = json.loads(json.dumps(other.state(), allow_nan=False))
+    assert [v.to_json() for v in again] == [v.to_json() for v in verdicts]
+    assert len(json.dumps(state)) < 8000
+
+
+def nan(observation):
+    return dataclasses.replace(observation, canary={**observation.canary, "latency": [10, math.nan, 1.0]})
+
+
+def missing_metric(observation):
+    return dataclasses.replace(observation, canary={k: v for k, v in observation.canary.items() if k != "log_loss"})
+
+
+FAULTS = {
+    "nan": lambda o, i: nan(o),
+    "canary missing": lambda o, i: dataclasses.replace(o, canary=None),
+    "stable missing": lambda o, i: dataclasses.replace(o, stable=None),
+    "empty": lambda o, i: dataclasses.replace(o, stable={}, canary={}),
+    "metric missing": lambda o, i: missing_metric(o),
+    "unreachable": lambda o, i: dataclasses.replace(o, problem="connection refused"),
+    "other weight": lambda o, i: dataclasses.replace(o, weight=o.weight + 5),
+    "reset every look": lambda o, i: dataclasses.replace(o, boot=f"boot {i}"),
+    "stale": lambda o, i: dataclasses.replace(o, time=1000.0),
+    "negative": lambda o, i: dataclasses.replace(o, stable={**o.stable, "errors": -1}),
+    "other buckets": lambda o, i: dataclasses.replace(o, stable={**o.stable, "buckets": [0, 1]}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_faulty_data_never_promotes(route, fault):
+    policy = dataclasses.replace(FAST, deadline_seconds=3000)
+    world, judge = route(7, errors=(0.0, 0.0)), Judge(policy, ["errors", "log_loss"])
+    decisions = []
+    for index in range(60):
+        verdict = judge.observe(FAULTS[fault](world.look(judge.weight), index))
+        decisions.append(verdict.decision)
+        assert verdict.reasons
+    assert set(decisions) <= {"HOLD", "ROLLBACK"}
+    if fault != "stale":  # its clock stands still, so the operator's own deadline has to end it
+        assert decisions[-1] == "ROLLBACK"
+
+
+def test_no_traffic_and_one_armed_traffic_hold(route):
+    for share, traffic in ((0.1, 0), (0.0, 1000), (1.0, 1000)):
+        world = route(7, traffic=traffic, true_share=share)
+        verdicts = world.run(Judge(dataclasses.replace(FAST, deadline_seconds=3000), ["errors"]))
+        assert {v.decision for v in verdicts[:-1]} == {"HOLD"} and verdicts[-1].decision == "ROLLBACK"
+
+
+def test_a_good_look_after_a_fault_uses_everything_since_the_last_good_one(route):
+    world, judge = route(7), Judge(dataclasses.replace(FAST, min_requests=10**6), ["errors"])
+    judge.observe(world.look(10))
+    judge.observe(world.look(10))
+    assert judge.observe(nan(world.look(10))).requests == judge.observe(nan(world.look(10))).requests
+    assert sum(judge.observe(world.look(10)).requests.values()) == 4000
+
+
+def test_counters_that_start_anew_are_never_counted_backwards(route):
+    world, judge = route(7), Judge(dataclasses.replace(FAST, min_requests=10**6), ["errors"])
+    for _ in range(3):
+        judge.observe(world.look(10))
+    world.arms, world.routed = [world.empty(), world.empty()], [0, 0]
+    before = dict(judge.observe(dataclasses.replace(world.look(10), boot="new")).requests)
+    after = judge.observe(dataclasses.replace(world.look(10), boot="new")).requests
+    assert sum(before.values()) == 2000 and sum(after.values()) == 3000
+
+
+def test_the_last_step_is_watched_for_the_bake(route):
+    policy = dataclasses.replace(FAST, bake_seconds=300)
+    guardrails = [Guardrail.errors()]
+    world, judge = route(2), Judge(policy, guardrails)
+    verdicts = world.run(judge)
+    steps = [v for v in verdicts if v.decision in ("PROMOTE_STEP", "PROMOTE")]
+    assert [v.weight for v in steps] == [50, 100, 100] and steps[-1].decision == "PROMOTE"
+    world, judge = route(2), Judge(policy, guardrails)
+    while judge.weight < 100:
+        judge.observe(world.look(judge.weight))
+    world.errors = (0.005, 0.05)
+    assert world.run(judge)[-1].decision == "ROLLBACK"
+
+
+def test_latency_threshold_is_a_multiple_of_stables_quantile(route):
+    world, judge = route(2, latency=(0.02, 0.02)), Judge(ONE_STEP, [Guardrail.latency(quantile=0.95, factor=2.0)])
+    account = world.run(judge, looks=4)[-1].guardrails["latency"]
+    true_p95 = 0.02 * math.exp(0.4 * 1.6449)
+    assert 2 * true_p95 <= account["slower_than_seconds"] <= 2 * true_p95 * 1.25**2
+    assert account["slower_than_seconds"] in BUCKET_EDGES
+
+
+def test_state_survives_json_and_verdicts_have_no_nan(route):
+    for verdict in route(4).run(Judge(FAST, ["errors", "latency", "log_loss", "score"])):
+        json.dumps(verdict.to_json(), allow_nan=False)
