@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -50,8 +51,8 @@ class AirflowClient:
 
     def dag(self, dag_id: str) -> dict[str, Any] | None:
         """The Dag, or None while Airflow has not parsed it."""
-        return next((dag for dag in self.call("GET", "/dags", params={"dag_id_pattern": dag_id})["dags"]
-                     if dag["dag_id"] == dag_id), None)  # fmt: skip
+        found = self.call("GET", "/dags", params={"dag_id_pattern": dag_id})["dags"]
+        return next((dag for dag in found if dag["dag_id"] == dag_id), None)
 
     def import_errors(self) -> dict[str, str]:
         """Stack trace by file, of the Dag files that Airflow cannot import."""
@@ -76,10 +77,17 @@ class AirflowClient:
         path = f"/dags/{dag_id}/dagRuns/{quote(run_id, safe='')}/taskInstances"
         return self.call("GET", path, params={"limit": _PAGE})["task_instances"]
 
-    def clear_failed(self, dag_id: str, run_id: str) -> None:
-        """Run again what failed in a run, and what waits for it."""
-        path = f"/dags/{dag_id}/dagRuns/{quote(run_id, safe='')}/clear"
-        self.call("POST", path, json={"dry_run": False, "only_failed": True})
+    def clear(self, dag_id: str, run_id: str, task_ids: Sequence[str]) -> None:
+        """Run tasks of a run again, and all that come after them."""
+        body = {
+            "dry_run": False,
+            "dag_run_id": run_id,
+            "task_ids": list(task_ids),
+            "include_downstream": True,
+            "only_failed": False,
+            "reset_dag_runs": True,
+        }
+        self.call("POST", f"/dags/{dag_id}/clearTaskInstances", json=body)
 
     def delete_run(self, dag_id: str, run_id: str) -> None:
         """Forget a run."""

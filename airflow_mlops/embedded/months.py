@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,11 +66,8 @@ def parse_months(text: str) -> list[str]:
 
     :raises InvalidInputError: not a month or a range of months from April to December
     """
-    first, _, last = text.strip().partition("-")
-    try:
-        begin, end = int(first), int(last or first)
-    except ValueError:
-        begin, end = 0, 0
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    begin, end = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not BOOTSTRAP_MONTH < begin <= end <= 12:
         raise InvalidInputError(
             f"months are {text!r}; expected a month or a range from {BOOTSTRAP_MONTH + 1} to 12, for example 4-7: the "
@@ -161,8 +159,9 @@ class MonthRunner:
                 kept.append(month)
                 self._finished[month] = state
             elif run["state"] in ("success", "failed"):
-                # Only what failed and what waits for it: nothing that succeeded is done twice.
-                self._client.clear_failed(self._dag_id, run["dag_run_id"])
+                # Only what failed and what comes after it: nothing that stands is done twice.
+                broken = [task for task, task_state in state.tasks.items() if task_state not in ("success", "skipped")]
+                self._client.clear(self._dag_id, run["dag_run_id"], broken)
         return kept
 
     def _follow(self, month: str) -> None:
@@ -214,5 +213,5 @@ class MonthRunner:
         lines = self._client.log(
             self._dag_id, run_id, first["task_id"], try_number=first["try_number"], map_index=first["map_index"]
         )
-        end = "\n".join(lines[-_LOG_LINES:])
+        end = "\n".join([line for line in lines if not line.startswith("::")][-_LOG_LINES:])
         return f"{state.month}: the task {first['task_id']} failed. The end of its log:\n{end}"
