@@ -117,7 +117,7 @@ class DriftReport:
     :param verdict: ``drift``, ``stable`` or ``not_enough_data``; a break of quality is never ``stable``
     :param reasons: why, in words
     :param columns: one entry for each column, drifted ones first, then by effect
-    :param breaks: column to what broke: missing, new, of another type, all missing, many missing, many unseen
+    :param breaks: column to what broke: missing, new, of another type, all missing, many missing
     :param rows: rows of the reference and of the current data
     :param digests: digests of the two profiles
     :param policy: the policy used
@@ -238,7 +238,7 @@ def _judge_column(name: str, reference: Column, current: Column, policy: DriftPo
     }
     if distance.unseen > policy.max_unseen and name not in policy.calendar_columns:
         reason = f"unseen: at least {distance.unseen:.1%} of the values are in categories that the reference never had"
-        return ColumnDrift(name, "broken", reason=reason, **base)
+        return ColumnDrift(name, "drift", reason=reason, **base)
     return ColumnDrift(name, "stable", **base)
 
 

@@ -150,7 +150,7 @@ class Profile:
         :raises DataError: no such file, an unreadable file, no rows, a column asked for that is not there, or a
             nested column
         """
-        schema, batches = _open(source, columns)
+        schema, rows = _open(source, columns)
         names = list(columns) if columns is not None else [name for name in schema.names if name != label]
         absent = [name for name in names if name not in schema.names]
         if absent:
@@ -158,7 +158,7 @@ class Profile:
                 f"column(s) {', '.join(absent)} asked for but not in the data, which has {', '.join(schema.names)}"
             )
         profile = cls(0, {name: Column(*_kind(schema.field(name), name in categorical)) for name in names})
-        for batch in batches:
+        for batch in rows:
             profile.rows += batch.num_rows
             for name, column in profile.columns.items():
                 _add(column, batch.column(batch.schema.get_field_index(name)))
@@ -222,6 +222,16 @@ class Profile:
         if damaged:
             raise InvalidInputError("the profile is damaged (its content does not match its digest); build it again")
         return profile
+
+
+def column_names(source: Any) -> list[str]:
+    """The columns of ``source``, which is as :meth:`Profile.of` takes it; :class:`DataError` when it is not there."""
+    return list(_open(source, None)[0].names)
+
+
+def batches(source: Any, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of ``source`` as record batches, the given columns of it at least."""
+    return _open(source, columns)[1]
 
 
 def _pick(choose: Any, first: Any, second: Any) -> Any:
@@ -368,12 +378,12 @@ def _add_categories(column: Column, values: pa.Array) -> None:
         if name is None or name != name:
             column.missing += count
         else:
-            text = _name(name)
+            text = category_name(name)
             merged[text] = merged.get(text, 0) + count
     column.categories.add(merged.items())
 
 
-def _name(value: Any) -> str:
+def category_name(value: Any) -> str:
     """A category's name: 1 and 1.0 are one category, since a missing value turns whole numbers into floats."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))

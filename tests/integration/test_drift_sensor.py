@@ -1,0 +1,361 @@
+"""DriftSensor against a real MLflow registry on SQLite, real Parquet and real Evidently."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from airflow.sdk.exceptions import AirflowFailException, AirflowSensorTimeout, AirflowSkipException, TaskDeferred
+
+from airflow_mlops import storage
+from airflow_mlops.drift import DriftPolicy, DriftReport, HarmPolicy, HarmReport, LossReference, Profile
+from airflow_mlops.links import ReportLink
+from airflow_mlops.sensors.drift import DriftSensor
+from airflow_mlops.triggers.drift import DataReadyTrigger
+
+MODEL = "flights_delay"
+
+
+class TaskInstance:
+    def __init__(self):
+        self.xcoms = {}
+
+    def xcom_push(self, key, value):
+        self.xcoms[key] = value
+
+
+@pytest.fixture
+def context():
+    start, end = (dt.datetime(2013, month, 1, tzinfo=dt.timezone.utc) for month in (4, 5))
+    return {"ti": TaskInstance(), "run_id": "manual", "data_interval_start": start, "data_interval_end": end}
+
+
+def features(rng, rows=4_000, shift=0.0):
+    return pd.DataFrame(
+        {
+            "temp": rng.normal(shift, 1, rows),
+            "delay": rng.normal(shift, 2, rows),
+            "carrier": rng.choice(["AA", "UA", "DL"], rows),
+            "hour": rng.integers(5, 23, rows),
+            "event_timestamp": pd.Timestamp("2013-04-01", tz="UTC")
+            + pd.to_timedelta(rng.integers(0, 30 * 24, rows), "h"),
+        }
+    )
+
+
+def predictions(rng, frame, bias=0.0):
+    logit = rng.normal(-1, 1, len(frame))
+    label = (rng.uniform(size=len(frame)) < 1 / (1 + np.exp(-logit))).astype("int8")
+    return pd.DataFrame(
+        {
+            "event_timestamp": frame["event_timestamp"],
+            "label": label,
+            "champion": 1 / (1 + np.exp(-(logit + bias))),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A migrated, empty registry, copied for each test: migrations take seconds."""
+    from airflow_mlops.hooks.mlflow import MlflowHook
+
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    MlflowHook(tracking_uri=f"sqlite:///{path}").ensure_store()
+    return path
+
+
+@pytest.fixture
+def root(tmp_path, empty_store):
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(4)
+
+
+@pytest.fixture
+def client(root):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db", registry_uri=f"sqlite:///{root}/mlflow.db")
+
+
+@pytest.fixture
+def champion(root, rng, client):
+    """A registered version with its profile and loss reference, as the gate and the register operator leave it."""
+    reference = features(rng, 9_000)
+    profile = Profile.of(reference, columns=["temp", "delay", "carrier", "hour"], categorical=["hour"])
+    storage.write_json(f"{root}/profile.json", profile.to_json())
+    held_out = predictions(rng, reference)
+    losses = LossReference.of(held_out["label"], held_out["champion"], held_out["event_timestamp"].dt.date)
+    storage.write_json(f"{root}/loss.json", losses.to_json())
+    client.create_registered_model(MODEL)
+    tags = {"mlops.profile_uri": f"{root}/profile.json", "mlops.loss_reference_uri": f"{root}/loss.json"}
+    version = client.create_model_version(MODEL, source=f"{root}/model", tags=tags)
+    client.set_registered_model_alias(MODEL, "champion", version.version)
+    return version
+
+
+@pytest.fixture
+def month(root, rng):
+    """Writes a month's features and the champion's predictions on it."""
+
+    def write(shift=0.0, bias=0.0, rows=4_000, change=lambda frame: frame, predict=lambda frame: frame):
+        frame = features(rng, rows, shift)
+        change(frame).to_parquet(root / "month.parquet", index=False)
+        predict(predictions(rng, frame, bias)).to_parquet(root / "predictions.parquet", index=False)
+
+    return write
+
+
+@pytest.fixture
+def sensor(root):
+    def make(**kwargs):
+        defaults = {
+            "task_id": "drift",
+            "current_uri": f"{root}/month.parquet",
+            "predictions_uri": f"{root}/predictions.parquet",
+            "model_name": MODEL,
+            "tracking_uri": f"sqlite:///{root}/mlflow.db",
+            "report_dir": f"{root}/reports",
+            "evidently": False,
+            "poke_interval": 0.05,
+            "timeout": 0.2,
+        }
+        return DriftSensor(**{**defaults, **kwargs})
+
+    return make
+
+
+def test_a_stable_month_skips_with_its_verdict_on_record(champion, month, sensor, context):
+    month()
+    with pytest.raises(AirflowSkipException, match="flights_delay stable: no retraining"):
+        sensor().execute(context)
+    result = context["ti"].xcoms["return_value"]
+    assert (result["verdict"], result["retrain"], result["columns"]) == ("stable", False, [])
+    assert result["harm"]["verdict"] == result["drift"] == "stable"
+
+
+def test_a_harmed_champion_is_retrained(champion, month, sensor, context):
+    month(bias=-1.0)
+    result = sensor().execute(context)
+    assert (result["verdict"], result["retrain"]) == ("harm", True)
+    assert any(reason.startswith("harm: calibration") for reason in result["reasons"])
+    assert result["model"] == {"name": MODEL, "version": "1", "alias": "champion"}
+    assert result["window"] == {"start": "2013-04-01T00:00:00+00:00", "end": "2013-05-01T00:00:00+00:00"}
+    json.dumps(result, allow_nan=False)
+    written = storage.read_json(result["report_uri"])
+    assert written["verdict"] == "harm" and written["retrain"] is True
+    assert HarmReport.from_json(written["harm"]).verdict == "harm"
+    assert DriftReport.from_json(written["drift"]).verdict == "stable"
+
+
+def test_drift_without_harm_is_evidence_unless_asked_for(champion, month, sensor, context):
+    month(shift=2.0)
+    result = sensor(on_stable="proceed").execute(context)
+    assert (result["verdict"], result["retrain"], result["columns"]) == ("drift", False, ["temp", "delay"])
+    result = sensor(retrain_on=["harm", "drift"]).execute(context)
+    assert (result["verdict"], result["retrain"]) == ("drift", True)
+    result = sensor(retrain_on=["drift"], predictions_uri=None).execute(context)
+    assert (result["retrain"], result["harm"]) == (True, None)
+
+
+def test_calendar_columns_are_shown_and_do_not_retrain(champion, month, sensor, context):
+    month(shift=2.0)
+    policy = {"calendar_columns": ["temp", "delay"]}
+    result = sensor(policy=policy, retrain_on=["harm", "drift"], on_stable="proceed").execute(context)
+    assert (result["verdict"], result["retrain"]) == ("stable", False)
+    assert result["calendar_columns"] == ["temp", "delay"]
+
+
+def test_no_version_at_all_trains_the_first(month, sensor, context):
+    month()
+    result = sensor().execute(context)
+    assert (result["verdict"], result["retrain"], result["model"]["version"]) == ("no_champion", True, None)
+    assert storage.read_json(result["report_uri"])["verdict"] == "no_champion"
+
+
+def test_a_lost_champion_is_an_error_that_says_how_to_restore_it(champion, month, sensor, context, client):
+    month()
+    client.delete_registered_model_alias(MODEL, "champion")
+    with pytest.raises(AirflowFailException, match="set_registered_model_alias"):
+        sensor().execute(context)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c, root: c.delete_model_version_tag(MODEL, "1", "mlops.profile_uri"), "has no training profile"),
+        (lambda c, root: c.delete_model_version_tag(MODEL, "1", "mlops.loss_reference_uri"), "has no loss reference"),
+        (lambda c, root: (root / "profile.json").unlink(), "is not at .*profile.json any more"),
+        (lambda c, root: (root / "profile.json").write_text("{"), "is no JSON"),
+        (lambda c, root: (root / "profile.json").write_text("{}"), "not a drift profile"),
+        (lambda c, root: (root / "loss.json").write_text('{"loss_reference_version": 9}'), "version 9"),
+    ],
+)
+def test_a_champion_without_its_references_is_an_error(champion, month, sensor, context, client, root, spoil, message):
+    month()
+    spoil(client, root)
+    with pytest.raises(AirflowFailException, match=message):
+        sensor().execute(context)
+
+
+def test_references_can_be_artifacts_of_a_run(champion, month, sensor, context, client, root):
+    month(bias=-1.0)
+    experiment = client.create_experiment("e", artifact_location=f"{root}/artifacts")
+    run = client.create_run(experiment)
+    client.log_artifact(run.info.run_id, f"{root}/profile.json")
+    client.set_model_version_tag(MODEL, "1", "mlops.profile_uri", f"runs:/{run.info.run_id}/profile.json")
+    assert sensor().execute(context)["verdict"] == "harm"
+    client.set_model_version_tag(MODEL, "1", "mlops.profile_uri", f"runs:/{run.info.run_id}/absent.json")
+    with pytest.raises(AirflowFailException, match="any more"):
+        sensor().execute(context)
+
+
+def test_a_given_version_is_compared_in_place_of_the_champion(champion, month, sensor, context, client):
+    month(bias=-1.0)
+    client.delete_registered_model_alias(MODEL, "champion")
+    assert sensor(model_version="1").execute(context)["model"]["version"] == "1"
+    with pytest.raises(AirflowFailException, match="has no version 7"):
+        sensor(model_version="7").execute(context)
+
+
+@pytest.mark.parametrize(
+    ("change", "column"),
+    [
+        (lambda frame: frame.drop(columns="delay"), "delay"),
+        (lambda frame: frame.assign(delay=np.nan), "delay"),
+        (lambda frame: frame.assign(delay="late"), "delay"),
+    ],
+)
+def test_broken_data_are_never_stable_and_are_not_trained_on(champion, month, sensor, context, change, column):
+    month(change=change)
+    result = sensor(on_stable="proceed", retrain_on=["harm", "drift"]).execute(context)
+    assert (result["verdict"], result["retrain"], result["broken_columns"]) == ("drift", False, [column])
+
+
+def test_missing_predictions_and_short_months_are_never_stable(champion, month, sensor, context):
+    month(predict=lambda frame: frame.assign(champion=np.nan))
+    result = sensor(on_stable="proceed").execute(context)
+    assert (result["verdict"], result["retrain"]) == ("not_enough_data", False)
+    month(rows=100)
+    assert sensor(on_stable="proceed").execute(context)["verdict"] == "not_enough_data"
+    with pytest.raises(AirflowSkipException, match=r"not_enough_data: no retraining.*rows"):
+        sensor().execute(context)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"on_stable": "shrug"}, "expected wait, skip or proceed"),
+        ({"retrain_on": "harm"}, "expected a list"),
+        ({"retrain_on": []}, "expected a list"),
+        ({"model_name": "None"}, "needs model_name"),
+        ({"predictions_uri": "None"}, "needs predictions_uri"),
+        ({"prediction_column": "challenger"}, "lacks challenger; it has event_timestamp, label, champion"),
+        ({"columns": ["wind"]}, "wind are neither in the champion's profile nor in the data"),
+        ({"policy": {"min_efect": 1}}, "unknown field"),
+        ({"harm_policy": {"alpha": 2}}, "alpha is 2"),
+        ({"window_start": "2013-04-01"}, "only one end"),
+    ],
+)
+def test_wrong_parameters_fail_at_once_and_say_why(champion, month, sensor, context, kwargs, message):
+    month()
+    with pytest.raises(AirflowFailException, match=message):
+        sensor(**kwargs).execute(context)
+
+
+def test_data_of_another_dataset_are_refused(champion, sensor, context, root):
+    pd.DataFrame({"z": [1.0]}).to_parquet(root / "month.parquet")
+    with pytest.raises(AirflowFailException, match="none of the columns of the champion's profile: it has z"):
+        sensor().execute(context)
+
+
+def test_data_that_do_not_come_time_out(champion, sensor, context):
+    with pytest.raises(AirflowSensorTimeout):
+        sensor().execute(context)
+
+
+def test_waiting_ends_when_other_data_ask_for_retraining(champion, month, sensor, context, monkeypatch):
+    month()
+    waiting = sensor(on_stable="wait", timeout=30)
+    monkeypatch.setattr("airflow.sdk.bases.sensor.time.sleep", lambda seconds: month(bias=-1.0))
+    assert waiting.execute(context)["verdict"] == "harm"
+    assert "return_value" not in context["ti"].xcoms
+
+
+def test_deferral_waits_in_the_trigger_and_computes_in_a_fresh_worker(champion, month, sensor, context, root):
+    with pytest.raises(TaskDeferred) as deferred:
+        sensor(deferrable=True, timeout=60).execute(context)
+    trigger = deferred.value.trigger
+    assert isinstance(trigger, DataReadyTrigger) and trigger.uri == f"{root}/month.parquet"
+    assert deferred.value.timeout <= dt.timedelta(seconds=60)
+    month(bias=-1.0)
+    resume = getattr(sensor(deferrable=True, timeout=60), deferred.value.method_name)
+    kwargs = json.loads(json.dumps(deferred.value.kwargs))
+    assert resume(context, event={"status": "ready"}, **kwargs)["verdict"] == "harm"
+
+
+def test_deferred_waiting_keeps_its_first_deadline(champion, month, sensor, context):
+    month()
+    started = (dt.datetime.now(dt.timezone.utc) - dt.timedelta(seconds=50)).isoformat()
+    waiting = sensor(deferrable=True, on_stable="wait", timeout=60)
+    with pytest.raises(TaskDeferred) as deferred:
+        waiting.execute_complete(context, {"status": "ready"}, started)
+    assert deferred.value.timeout < dt.timedelta(seconds=11) and deferred.value.trigger.delay > 0
+    with pytest.raises(AirflowSensorTimeout):
+        sensor(deferrable=True, on_stable="wait", timeout=40).execute_complete(context, {"status": "ready"}, started)
+
+
+def test_the_same_window_gives_the_same_report_bit_for_bit(champion, month, sensor, context, root):
+    month(shift=1.0, bias=-1.0)
+    first = sensor().execute(context)
+    content = storage.read_bytes(first["report_uri"])
+    assert sensor().execute(context) == first and storage.read_bytes(first["report_uri"]) == content
+    assert first["report_uri"] == f"{root}/reports/flights_delay-20130401T0000-20130501T0000.drift.json"
+
+
+def test_a_run_without_a_window_names_its_report_by_the_run(champion, month, sensor, root):
+    month(bias=-1.0)
+    context = {"ti": TaskInstance(), "run_id": "manual__2013-04-01T00:00:00+00:00"}
+    result = sensor().execute(context)
+    assert result["window"] is None
+    assert result["report_uri"].endswith("flights_delay-manual__2013-04-01T00_00_00+00_00.drift.json")
+
+
+def test_evidentlys_page_is_written_and_linked(champion, month, sensor, context, monkeypatch):
+    month(shift=2.0, bias=-1.0, change=lambda frame: frame.drop(columns="temp").assign(new=1.0))
+    result = sensor(evidently=True).execute(context)
+    page = storage.read_bytes(result["html_uri"]).decode()
+    assert "delay" in page and "carrier" in page and len(page) > 100_000
+    monkeypatch.setattr("airflow_mlops.links.XCom.get_value", lambda **kwargs: result)
+    assert ReportLink().get_link(None, ti_key=None) == f"file://{result['html_uri']}"
+
+
+def test_a_page_that_fails_does_not_cost_the_verdict(champion, month, sensor, context, monkeypatch):
+    month(bias=-1.0)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("plot")
+
+    monkeypatch.setattr("airflow_mlops.drift.page.write_page", fail)
+    result = sensor(evidently=True).execute(context)
+    assert (result["verdict"], result["html_uri"]) == ("harm", None)
+
+
+def test_policies_can_be_objects_or_mappings(champion, month, sensor, context):
+    month(shift=0.3)
+    loose = {"on_stable": "proceed", "harm_policy": HarmPolicy(alpha=0.001)}
+    assert sensor(policy=DriftPolicy(min_effect=1.0), **loose).execute(context)["verdict"] == "stable"
+    assert sensor(policy={"min_effect": 0.05}, **loose).execute(context)["verdict"] == "drift"
+
+
+def test_every_parameter_a_user_would_template_is_templated_and_init_only_assigns():
+    made = DriftSensor(task_id="x", current_uri="", model_name="", report_dir="", on_stable="nonsense", retrain_on=[])
+    assert all(hasattr(made, name) for name in DriftSensor.template_fields)
