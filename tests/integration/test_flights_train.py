@@ -85,9 +85,3 @@ def test_two_workers_train_one_model_and_a_new_attempt_continues_it(training_set
 
     assert abs(loss(together) - loss(alone)) < 0.01
     assert np.isclose(second.metrics["train_log_loss"], loss(together), atol=1e-3)
-
-
-def test_a_training_set_without_a_column_fails_naming_it(training_set, ray_two_cpus, tmp_path):
-    uri, _ = training_set
-    with pytest.raises(Exception, match=r"lacks the columns \['no_such'\]"):
-        _fit(uri, tmp_path, features=["no_such"])

@@ -150,14 +150,12 @@ def delays(flights: pd.DataFrame, hours: pd.DatetimeIndex, view: str) -> pd.Data
     }
     at = np.arange(len(names))[None, :] * stretch + (grid - origin)[:, None]
     stop = np.searchsorted(axis, at.ravel(), side="left")
-
     first = np.searchsorted(axis, np.tile(np.arange(len(names)) * stretch, len(hours)), side="left")
     columns: dict[str, Any] = {key: np.tile(names[key].to_numpy(), len(hours)) for key in keys}
     columns["known_at"] = np.repeat(hours, len(names))
     prefix = view.removesuffix("_delays")
     for horizon in HORIZONS_HOURS:
-        # Before the entity's own stretch lies another entity's.
-        start = np.maximum(first, np.searchsorted(axis, (at - horizon * 3_600_000_000).ravel(), side="left"))
+        start = np.searchsorted(axis, (at - horizon * 3_600_000_000).ravel(), side="left")
         total = {name: sums[name][stop] - sums[name][start] for name in sums}
         columns[f"{prefix}_late_rate_{horizon}h"] = _ratio(total["late"], total["arrived"])
         columns[f"{prefix}_delay_{horizon}h"] = _ratio(total["delay"], total["arrived"])

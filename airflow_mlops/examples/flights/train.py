@@ -97,7 +97,7 @@ def read_shard(uri: str, columns: Sequence[str], rank: int, world_size: int) -> 
     dataset = ds.dataset(path, filesystem=filesystem, format="parquet")
     missing = [name for name in columns if name not in dataset.schema.names]
     if missing:
-        raise DataError(f"the training set {uri} lacks the columns {missing}; among {len(dataset.schema.names)}; train on columns of the set")
+        raise DataError(f"the training set {uri} lacks the columns {missing}; join them or leave them out of features")
     groups = [group for fragment in dataset.get_fragments() for group in fragment.split_by_row_group()]
     # The metadata's count: Fragment.count_rows() ignores the split and gives wrong sums (pyarrow 25).
     counts = [sum(part.num_rows for part in group.row_groups) for group in groups]
