@@ -10,7 +10,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.evaluation import GatePolicy, GateVerdict
 from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError
-from airflow_mlops.operators.mlflow import _MlflowOperator, as_mapping, as_names, is_blank, task_key
+from airflow_mlops.operators._mlflow import MlflowBaseOperator, as_mapping, as_names, is_blank, task_key
 from airflow_mlops.shell import log_table, permanent_errors_fail
 from airflow_mlops.storage import join, write_bytes, write_json
 from airflow_mlops.windows import Window, resolve_window
@@ -52,7 +52,7 @@ def _write_predictions(uri: str, frame: pd.DataFrame, label: str, arms: Mapping[
     return write_bytes(uri, buffer.getvalue())
 
 
-class ModelScoreOperator(_MlflowOperator):
+class ModelScoreOperator(MlflowBaseOperator):
     """Put on record how good the models that serve were on a window whose labels are in.
 
     Each result goes into one MLflow run for this task in this Dag run (``champion_auc``, ``frozen_log_loss``, ...,
@@ -61,7 +61,7 @@ class ModelScoreOperator(_MlflowOperator):
     :param models: name to model URI, ``{"champion": "models:/flights@champion", "frozen": "models:/flights/1"}``; an
         empty URI, or an alias of a model without versions, is a model that does not exist yet (templated)
     :param data_uri: Parquet with ``event_timestamp``, features and label (templated)
-    :param label_column: its column of 0 and 1; rows where it is missing are left out
+    :param label: its column of 0 and 1; rows where it is missing are left out (templated)
     :param predictions_uri: where to write ``event_timestamp``, ``label`` and a column for each model (templated)
     :param features: the models' inputs, where they have no signature (templated)
     :param optional: names of models whose alias may never have been set though the model has versions
@@ -93,7 +93,7 @@ class ModelScoreOperator(_MlflowOperator):
         *,
         models: Mapping[str, str | None],
         data_uri: str,
-        label_column: str,
+        label: str,
         predictions_uri: str,
         features: Sequence[str] | str | None = None,
         optional: Sequence[str] = (),
@@ -106,7 +106,7 @@ class ModelScoreOperator(_MlflowOperator):
         super().__init__(**kwargs)
         self.models = models
         self.data_uri = data_uri
-        self.label_column = label_column
+        self.label_column = label  # `label` itself is taken by Airflow
         self.predictions_uri = predictions_uri
         self.features = features
         self.optional = optional
@@ -191,7 +191,7 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-class ModelGateOperator(_MlflowOperator):
+class ModelGateOperator(MlflowBaseOperator):
     """Compare the challenger with the champion on the same held-out rows and stop it unless the policy is met.
 
     The champion is ``champion_uri``; else version ``champion_version`` of ``model_name``; else what ``alias`` of
@@ -204,7 +204,7 @@ class ModelGateOperator(_MlflowOperator):
 
     :param challenger_uri: MLflow model folder or URI (templated)
     :param data_uri: Parquet with ``event_timestamp``, features and label (templated)
-    :param label_column: its column of 0 and 1; rows where it is missing are left out
+    :param label: its column of 0 and 1; rows where it is missing are left out (templated)
     :param report_dir: folder for the report, one for each run (templated)
     :param champion_uri: of the champion; empty for none (templated)
     :param model_name: registered model of the champion (templated)
@@ -246,7 +246,7 @@ class ModelGateOperator(_MlflowOperator):
         *,
         challenger_uri: str,
         data_uri: str,
-        label_column: str,
+        label: str,
         report_dir: str,
         champion_uri: str | None = None,
         model_name: str | None = None,
@@ -265,7 +265,7 @@ class ModelGateOperator(_MlflowOperator):
         super().__init__(**kwargs)
         self.challenger_uri = challenger_uri
         self.data_uri = data_uri
-        self.label_column = label_column
+        self.label_column = label  # `label` itself is taken by Airflow
         self.report_dir = report_dir
         self.champion_uri = champion_uri
         self.model_name = model_name

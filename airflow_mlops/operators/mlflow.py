@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from airflow.sdk import BaseOperator
 
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError, RegistryError
 from airflow_mlops.hooks.mlflow import MlflowHook, alias_tag
+from airflow_mlops.operators._mlflow import MlflowBaseOperator, as_mapping, as_names, is_blank, task_key
 from airflow_mlops.shell import permanent_errors_fail
 from airflow_mlops.storage import join, read_bytes, write_json
 
@@ -24,68 +21,25 @@ if TYPE_CHECKING:
 
 RUN_KEY = "mlops.run_key"
 ROLLED_BACK = "mlops.rolled_back"
+COSTS = ("wall_seconds", "cpu_seconds", "gpu_seconds", "attempts")
 # Artifact stores that only an MLflow server can read.
 SERVER_ONLY = ("mlflow-artifacts:", "dbfs:", "databricks:")
 
 
-def is_blank(value: Any) -> bool:
-    """Whether a templated argument came out empty; a missing XCom renders as ``None``."""
-    return value is None or str(value).strip() in ("", "None")
+@dataclass(frozen=True)
+class _Papers:
+    """One training as the arguments of a registration describe it."""
+
+    key: str
+    model_uri: str
+    training: dict[str, Any]
+    data: dict[str, Any]
+    gate: dict[str, Any]
+    snapshot: dict[str, Any]
+    task: str
 
 
-def task_key(context: Context) -> str:
-    """What stays the same over the tries of one task and differs between all others."""
-    ti = context["ti"]
-    return "/".join([ti.dag_id, ti.run_id, ti.task_id, str(getattr(ti, "map_index", -1))])
-
-
-def as_mapping(value: Any, name: str) -> dict[str, Any]:
-    """A templated mapping: given as one, or as the text that Jinja makes of one.
-
-    :raises InvalidInputError: it is something else
-    """
-    return _literal(value, name, Mapping, dict)
-
-
-def as_names(value: Any, name: str) -> list[str]:
-    """A templated list of names: given as one, or as the text that Jinja makes of one.
-
-    :raises InvalidInputError: it is something else
-    """
-    return _literal(value, name, Sequence, list)
-
-
-def _literal(value: Any, name: str, kind: type, make: type) -> Any:
-    if is_blank(value):
-        return make()
-    if isinstance(value, str):
-        for parse in (json.loads, ast.literal_eval):
-            with suppress(SyntaxError, ValueError):
-                value = parse(value)
-                break
-    if isinstance(value, str) or not isinstance(value, kind):
-        raise InvalidInputError(f"{name} is {value!r:.200}; expected a {make.__name__}, or its text")
-    return make(value)
-
-
-class _MlflowOperator(BaseOperator):
-    """An operator that talks to one MLflow."""
-
-    def __init__(
-        self, *, mlflow_conn_id: str = MlflowHook.default_conn_name, tracking_uri: str | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.mlflow_conn_id = mlflow_conn_id
-        self.tracking_uri = tracking_uri
-
-    @cached_property
-    def hook(self) -> MlflowHook:
-        """The hook of this task's MLflow."""
-        uri = None if is_blank(self.tracking_uri) else self.tracking_uri
-        return MlflowHook(self.mlflow_conn_id, tracking_uri=uri)
-
-
-class MlflowRegisterOperator(_MlflowOperator):
+class MlflowRegisterOperator(MlflowBaseOperator):
     """Put a trained model into the registry, with everything needed to judge it later.
 
     One training makes one version, whatever happens to the task: the version carries ``run_key``, a try that finds
@@ -96,18 +50,19 @@ class MlflowRegisterOperator(_MlflowOperator):
     the gate's hold-out), ``mlops.gate``, ``mlops.gate_uri``, and those given.
 
     :param model_name: registered model (templated)
-    :param model_uri: the MLflow model's folder: a path or URI (templated)
-    :param run_key: identity of the training, such as ``RayTrainOperator``'s; None for this task in this Dag run
+    :param training: the result of ``RayTrainOperator``: ``run_key``, ``model_uri``, ``metrics``, seconds (templated)
+    :param model_uri: the MLflow model's folder, a path or URI; instead of the training's (templated)
+    :param run_key: identity of the training; else the training's, else this task in this Dag run (templated)
+    :param training_set: the result of ``FeastTrainingSetOperator``, or a Parquet URI; its profile is stored
         (templated)
-    :param training_set_uri: the Parquet the model was trained on; its profile is stored (templated)
-    :param features: columns of the profile (templated)
+    :param features: columns of the profile; instead of the training set's (templated)
     :param categorical: those of them whose numbers are names (templated)
     :param gate: the result of ``ModelGateOperator``; refused when it did not pass (templated)
-    :param metrics: numbers of the training (templated)
-    :param parameters: parameters of the training (templated)
-    :param window_start: first instant of the training data, kept as a tag (templated)
+    :param snapshot: the result of ``DvcSnapshotOperator`` (templated)
+    :param metrics: further numbers of the training (templated)
+    :param parameters: of the training (templated)
+    :param window_start: first instant of the data, kept as a tag; else the training set's (templated)
     :param window_end: first instant after it (templated)
-    :param dataset_md5: DVC's md5 of the data (templated)
     :param tags: further tags of the version (templated)
     :param experiment: MLflow experiment; None for the model's name (templated)
     :param evidence_uri: folder for the profile and the loss reference; None for the run's artifacts. Needed where
@@ -120,17 +75,18 @@ class MlflowRegisterOperator(_MlflowOperator):
 
     template_fields: Sequence[str] = (
         "model_name",
+        "training",
         "model_uri",
         "run_key",
-        "training_set_uri",
+        "training_set",
         "features",
         "categorical",
         "gate",
+        "snapshot",
         "metrics",
         "parameters",
         "window_start",
         "window_end",
-        "dataset_md5",
         "tags",
         "experiment",
         "evidence_uri",
@@ -142,17 +98,18 @@ class MlflowRegisterOperator(_MlflowOperator):
         self,
         *,
         model_name: str,
-        model_uri: str,
+        training: Mapping[str, Any] | str | None = None,
+        model_uri: str | None = None,
         run_key: str | None = None,
-        training_set_uri: str | None = None,
+        training_set: Mapping[str, Any] | str | None = None,
         features: Sequence[str] | str | None = None,
         categorical: Sequence[str] | str = (),
         gate: Mapping[str, Any] | str | None = None,
+        snapshot: Mapping[str, Any] | str | None = None,
         metrics: Mapping[str, Any] | str | None = None,
         parameters: Mapping[str, Any] | str | None = None,
         window_start: str | None = None,
         window_end: str | None = None,
-        dataset_md5: str | None = None,
         tags: Mapping[str, str] | str | None = None,
         experiment: str | None = None,
         evidence_uri: str | None = None,
@@ -161,17 +118,18 @@ class MlflowRegisterOperator(_MlflowOperator):
     ) -> None:
         super().__init__(**kwargs)
         self.model_name = model_name
+        self.training = training
         self.model_uri = model_uri
         self.run_key = run_key
-        self.training_set_uri = training_set_uri
+        self.training_set = training_set
         self.features = features
         self.categorical = categorical
         self.gate = gate
+        self.snapshot = snapshot
         self.metrics = metrics
         self.parameters = parameters
         self.window_start = window_start
         self.window_end = window_end
-        self.dataset_md5 = dataset_md5
         self.tags = tags
         self.experiment = experiment
         self.evidence_uri = evidence_uri
@@ -179,20 +137,12 @@ class MlflowRegisterOperator(_MlflowOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail():
-            if is_blank(self.model_name) or is_blank(self.model_uri):
-                raise InvalidInputError(
-                    f"model_name is {self.model_name!r} and model_uri {self.model_uri!r}; both are needed (a training "
-                    "loop that saves no MLflow model has model_uri null in its result)"
-                )
-            key = task_key(context) if is_blank(self.run_key) else str(self.run_key)
-            gate = as_mapping(self.gate, "gate")
-            if gate and gate.get("passed") is not True:
-                raise InvalidInputError(f"the gate did not pass: {'; '.join(gate.get('reasons') or ['no verdict'])}")
-            known = self.hook.versions_tagged(self.model_name, RUN_KEY, key)
-            version, created = (known[0], False) if known else self._create(key, gate, context)
+            papers = self._papers(context)
+            known = self.hook.versions_tagged(self.model_name, RUN_KEY, papers.key)
+            version, created = (known[0], False) if known else self._create(papers)
             self._set_alias(version)
             uri = f"models:/{self.model_name}/{version.version}"
-            self.log.info("%s %s for run %s", "registered" if created else "found", uri, key)
+            self.log.info("%s %s for run %s", "registered" if created else "found", uri, papers.key)
             return {
                 "name": self.model_name,
                 "version": str(version.version),
@@ -201,31 +151,54 @@ class MlflowRegisterOperator(_MlflowOperator):
                 "created": created,
             }
 
-    def _create(self, key: str, gate: Mapping[str, Any], context: Context) -> tuple[Any, bool]:
+    def _papers(self, context: Context) -> _Papers:
+        """What the arguments say about the training, checked."""
+        training, gate = as_mapping(self.training, "training"), as_mapping(self.gate, "gate")
+        model_uri = training.get("model_uri") if is_blank(self.model_uri) else self.model_uri
+        if is_blank(self.model_name) or is_blank(model_uri):
+            raise InvalidInputError(
+                f"model_name is {self.model_name!r} and the model's URI {model_uri!r}; both are needed (a loop "
+                "that saves no MLflow model has model_uri null in its result)"
+            )
+        if gate and gate.get("passed") is not True:
+            raise InvalidInputError(f"the gate did not pass: {'; '.join(gate.get('reasons') or ['no verdict'])}")
+        key = next((k for k in (self.run_key, training.get("run_key")) if not is_blank(k)), task_key(context))
+        given = self.training_set
+        is_uri = isinstance(given, str) and not is_blank(given) and not given.lstrip().startswith("{")
+        data = {"uri": given} if is_uri else as_mapping(given, "training_set")
+        return _Papers(
+            str(key), str(model_uri), training, data, gate, as_mapping(self.snapshot, "snapshot"), task_key(context)
+        )
+
+    def _create(self, papers: _Papers) -> tuple[Any, bool]:
         """Record the run, then the version with all its tags at once, so that a version is never half-described."""
         from airflow_mlops.evaluation.scorer import HOW_TO_STORE, pickled_files
 
         client = self.hook.client
-        model_dir = self.hook.model_dir(self.model_uri)
+        model_dir = self.hook.model_dir(papers.model_uri)
         if not os.path.isfile(os.path.join(model_dir, "MLmodel")):
-            raise InvalidInputError(f"{self.model_uri} holds no MLflow model (no file MLmodel)")
+            raise InvalidInputError(f"{papers.model_uri} holds no MLflow model (no file MLmodel)")
         if pickles := pickled_files(model_dir):
-            raise InvalidInputError(f"the model in {self.model_uri} is pickled ({pickles[0]}). {HOW_TO_STORE}")
+            raise InvalidInputError(f"the model in {papers.model_uri} is pickled ({pickles[0]}). {HOW_TO_STORE}")
         experiment = self.model_name if is_blank(self.experiment) else str(self.experiment)
-        run = self.hook.run_for_key(experiment, key, name=_file_name(key)[-80:], tags={"mlops.kind": "training"})
+        name = _file_name(papers.key)[-80:]
+        run = self.hook.run_for_key(experiment, papers.key, name=name, tags={"mlops.kind": "training"})
+        window = papers.data.get("window") or {}
         tags = {
-            RUN_KEY: key,
-            "mlops.created_by": task_key(context),
-            "mlops.window_start": self.window_start,
-            "mlops.window_end": self.window_end,
-            "mlops.dataset_uri": self.training_set_uri,
-            "mlops.dataset_md5": self.dataset_md5,
-            "mlops.gate": "passed" if gate else "none",
-            "mlops.gate_uri": gate.get("report_uri"),
-            **self._evidence(run, key, gate),
+            RUN_KEY: papers.key,
+            "mlops.created_by": papers.task,
+            "mlops.window_start": window.get("start") if is_blank(self.window_start) else self.window_start,
+            "mlops.window_end": window.get("end") if is_blank(self.window_end) else self.window_end,
+            "mlops.dataset_uri": papers.data.get("uri"),
+            "mlops.dataset_sha256": papers.data.get("sha256"),
+            "mlops.dataset_md5": papers.snapshot.get("md5"),
+            "mlops.run_dir": papers.training.get("run_dir"),
+            "mlops.gate": "passed" if papers.gate else "none",
+            "mlops.gate_uri": papers.gate.get("report_uri"),
+            **self._evidence(run, papers),
             **as_mapping(self.tags, "tags"),
         }
-        self._record(run, gate)
+        self._record(run, papers)
         client.log_artifacts(run.info.run_id, model_dir, "model")
         client.set_terminated(run.info.run_id, "FINISHED")
         return self._create_version(run, {name: str(value) for name, value in tags.items() if not is_blank(value)})
@@ -248,63 +221,56 @@ class MlflowRegisterOperator(_MlflowOperator):
             client.delete_model_version(self.model_name, made.version)
         return first, first.version == made.version
 
-    def _evidence(self, run: Any, key: str, gate: Mapping[str, Any]) -> dict[str, str]:
+    def _evidence(self, run: Any, papers: _Papers) -> dict[str, str]:
         """Store the training profile and the loss reference; the tags that point to them."""
         found: dict[str, Any] = {}
-        if not is_blank(self.training_set_uri):
+        source, predictions = papers.data.get("uri"), papers.gate.get("predictions_uri")
+        if not is_blank(source):
             from airflow_mlops.drift import Profile
 
-            columns = as_names(self.features, "features") or None
+            columns = as_names(self.features, "features") or papers.data.get("features")
             categorical = as_names(self.categorical, "categorical")
-            found["profile"] = Profile.of(self.training_set_uri, columns=columns, categorical=categorical).to_json()
-        if not is_blank(gate.get("predictions_uri")):
-            found["loss_reference"] = _loss_reference(str(gate["predictions_uri"]))
-        if not found:
-            return {}
-        base = self.evidence_uri
-        if is_blank(base):
-            base = run.info.artifact_uri
-            if str(base).startswith(SERVER_ONLY):
-                raise InvalidInputError(
-                    f"the artifacts of this MLflow are at {base}, which only its server can read; give evidence_uri, a "
-                    "folder that every worker can read"
-                )
-            folder = join(str(base), "evidence")
+            found["profile"] = Profile.of(source, columns=columns, categorical=categorical).to_json()
+            self._log_dataset(run, papers, found["profile"]["digest"])
+        if not is_blank(predictions):
+            found["loss_reference"] = _loss_reference(str(predictions))
+        if is_blank(self.evidence_uri):
+            folder = join(run.info.artifact_uri, "evidence")
         else:
-            folder = join(str(base), _file_name(key))
-        tags = {f"mlops.{name}_uri": write_json(join(folder, f"{name}.json"), item) for name, item in found.items()}
-        if "profile" in found and not is_blank(self.training_set_uri):
-            self._log_dataset(run, found["profile"])
-        return tags
+            folder = join(str(self.evidence_uri), _file_name(papers.key))
+        if found and folder.startswith(SERVER_ONLY):
+            raise InvalidInputError(
+                f"the artifacts of this MLflow are at {folder}, which only its server can read; give evidence_uri, a "
+                "folder that every worker can read"
+            )
+        return {f"mlops.{name}_uri": write_json(join(folder, f"{name}.json"), item) for name, item in found.items()}
 
-    def _log_dataset(self, run: Any, profile: Any) -> None:
+    def _log_dataset(self, run: Any, papers: _Papers, digest: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        dataset = Dataset(
-            name=f"{self.model_name}-training",
-            digest=profile["digest"][:32],
-            source_type="uri",
-            source=json.dumps({"uri": self.training_set_uri}),
-        )
-        marks = {"mlflow.data.context": "training", "dvc_md5": self.dataset_md5}
+        source = json.dumps({"uri": papers.data["uri"]})
+        dataset = Dataset(name=f"{self.model_name}-training", digest=digest[:32], source_type="uri", source=source)
+        marks = {"mlflow.data.context": "training", "dvc_md5": papers.snapshot.get("md5")}
         tags = [InputTag(name, str(value)) for name, value in marks.items() if not is_blank(value)]
         self.hook.client.log_inputs(run.info.run_id, [DatasetInput(dataset, tags)])
 
-    def _record(self, run: Any, gate: Mapping[str, Any]) -> None:
+    def _record(self, run: Any, papers: _Papers) -> None:
         """Parameters, metrics and the gate's papers; repeating it changes nothing."""
         from mlflow.entities import Metric, Param
 
         client, run_id, when = self.hook.client, run.info.run_id, run.info.start_time
-        numbers = dict(as_mapping(self.metrics, "metrics"))
-        for arm, metrics in (gate.get("metrics") or {}).items():
+        numbers = {**(papers.training.get("metrics") or {}), **as_mapping(self.metrics, "metrics")}
+        numbers |= {name: papers.training.get(name) for name in COSTS}
+        for arm, metrics in (papers.gate.get("metrics") or {}).items():
             numbers |= {f"gate_{arm}_{name}": value for name, value in (metrics or {}).items()}
         finite = {n: float(v) for n, v in numbers.items() if isinstance(v, int | float) and math.isfinite(v)}
         params = [Param(n, str(v)[:6000]) for n, v in as_mapping(self.parameters, "parameters").items()]
         client.log_batch(run_id, [Metric(n, v, when, 0) for n, v in finite.items()], params)
-        if gate:
-            client.log_dict(run_id, dict(gate), "gate/verdict.json")
-        if not is_blank(gate.get("report_uri")):
-            client.log_text(run_id, read_bytes(str(gate["report_uri"])).decode(), "gate/report.html")
+        if papers.gate:
+            client.log_dict(run_id, papers.gate, "gate/verdict.json")
+        report = papers.gate.get("report_uri")
+        if not is_blank(report):
+            client.log_text(run_id, read_bytes(str(report)).decode(), "gate/report.html")
 
     def _set_alias(self, version: Any) -> None:
         if is_blank(self.alias):
@@ -328,7 +294,7 @@ def _file_name(key: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", key)
 
 
-class MlflowPromoteOperator(_MlflowOperator):
+class MlflowPromoteOperator(MlflowBaseOperator):
     """Give a version the champion's alias, if the champion is still the one the decision was made against.
 
     MLflow has no compare-and-set. This reads, compares, sets and reads back under a lease of the model (see
@@ -433,7 +399,7 @@ def move_alias(hook: MlflowHook, name: str, alias: str, version: str, keep: tupl
         )
 
 
-class MlflowRollbackOperator(_MlflowOperator):
+class MlflowRollbackOperator(MlflowBaseOperator):
     """Make the previous champion the champion again, and mark the one it replaces so that it cannot come back.
 
     Repeating it, as a retry does, changes nothing more: the version rolled back carries this task's key.
