@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -119,7 +118,11 @@ class Postgres:
         self.service.start()
 
     def wait_healthy(self, timeout: float = 30.0) -> None:
-        """:raises ServiceDiedError: the server ended or does not accept connections in ``timeout`` seconds"""
+        """Wait until the server takes connections.
+
+        :raises ServiceDiedError: it ended, or takes none in ``timeout`` seconds
+        :raises InvalidInputError: its data was made with another password
+        """
         self.service.wait_healthy(self._accepts, timeout=timeout, interval=0.05)
 
     def stop(self) -> None:
@@ -127,13 +130,19 @@ class Postgres:
         self.service.stop()
 
     def _accepts(self) -> bool:
+        import psycopg2
+
+        url = self.sql_alchemy_conn.replace("+psycopg2", "")
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-                # An SSL request: a server that is ready answers one byte, one that is starting closes.
-                connection.sendall(b"\x00\x00\x00\x08\x04\xd2\x16\x2f")
-                return connection.recv(1) in (b"N", b"S")
-        except OSError:
+            psycopg2.connect(url, connect_timeout=2).close()
+        except psycopg2.OperationalError as error:
+            if "password authentication failed" in str(error):
+                raise InvalidInputError(
+                    f"the database in {self._data} has another password than secrets.json beside it. Put the file back "
+                    "that belongs to it, or begin anew with --fresh."
+                ) from None
             return False
+        return True
 
     def _initdb(self) -> None:
         # A killed initdb leaves half a cluster, which it would itself refuse to touch.

@@ -285,7 +285,8 @@ class Stack:
         # Programs of this environment (dvc, ray) come first, whether or not it is activated.
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
         env |= _QUIET_AND_SMALL
-        env |= {"MLOPS_ROOT": str(self.project), "MLFLOW_TRACKING_URI": self.tracking_uri}
+        env |= {"MLOPS_ROOT": str(self.project), "AIRFLOW__MLOPS__ROOT": str(self.project)}
+        env["MLFLOW_TRACKING_URI"] = self.tracking_uri
         if self.feature_repo is not None:
             env["MLOPS_FEATURE_REPO"] = str(self.feature_repo)
         return env
@@ -300,6 +301,8 @@ class Stack:
                 "host": "127.0.0.1",
                 "port": self.ray.dashboard_port,
                 "password": keys["ray"],
+                # Serve's default port 8000 is everybody's; it starts with the first canary, at this one.
+                "extra": {"serve_url": f"http://127.0.0.1:{free_port()}"},
             }
             values |= {"AIRFLOW_CONN_RAY_DEFAULT": json.dumps(ray), **RayHead.client_env(keys["ray"])}
         return values

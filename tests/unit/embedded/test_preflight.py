@@ -105,7 +105,8 @@ def test_tasks_get_the_stack_and_nothing_of_another_one(tmp_path: Path, monkeypa
     assert env["PYTHONPATH"] == "/mine"
     assert env["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
     assert json.loads(env["AIRFLOW_CONN_MLFLOW_DEFAULT"])["extra"]["tracking_uri"] == env["MLFLOW_TRACKING_URI"]
-    assert env["MLOPS_ROOT"] == f"{tmp_path}/project" and env["MLOPS_FEATURE_REPO"] == f"{tmp_path}/repo"
+    assert env["MLOPS_ROOT"] == env["AIRFLOW__MLOPS__ROOT"] == f"{tmp_path}/project"
+    assert env["MLOPS_FEATURE_REPO"] == f"{tmp_path}/repo"
     assert env["OMP_NUM_THREADS"] == "1"
 
 
@@ -164,5 +165,5 @@ def test_postgres_starts_again_with_its_data_and_refuses_a_wrong_password(tmp_pa
 
     assert run("create table kept (x int); insert into kept values (42) returning x", "right") == [(42,)]
     assert run("select x, current_user from kept", "right") == [(42, "airflow")]
-    with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
+    with pytest.raises(InvalidInputError, match="another password than secrets.json"):
         run("select 1", "wrong")
