@@ -91,6 +91,8 @@ class JobsRunner:
             "RAY_JOB_STOP_WAIT_TIME_S": str(int(self._stop_timeout)),
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
+            # A process less where nobody preempts the machine.
+            **({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if self._on_this_machine else {}),
             **self._runtime_env.get("env_vars", {}),
         }
         created = self.hook.submit(
@@ -138,9 +140,12 @@ class JobsRunner:
         except MlopsError as error:
             return f"(the job's log cannot be read: {error})"
 
+    @property
+    def _on_this_machine(self) -> bool:
+        return urlsplit(self.hook.endpoint.address).hostname in ("127.0.0.1", "localhost", "::1")
+
     def _interpreter(self) -> str:
-        local = urlsplit(self.hook.endpoint.address).hostname in ("127.0.0.1", "localhost", "::1")
-        return self._python or (sys.executable if local else "python")
+        return self._python or (sys.executable if self._on_this_machine else "python")
 
 
 class RayTrainOperator(BaseOperator):
