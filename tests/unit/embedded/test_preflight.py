@@ -165,5 +165,5 @@ def test_postgres_starts_again_with_its_data_and_refuses_a_wrong_password(tmp_pa
 
     assert run("create table kept (x int); insert into kept values (42) returning x", "right") == [(42,)]
     assert run("select x, current_user from kept", "right") == [(42, "airflow")]
-    with pytest.raises(InvalidInputError, match="another password than secrets.json"):
+    with pytest.raises(InvalidInputError, match=r"another password than secrets\.json"):
         run("select 1", "wrong")
