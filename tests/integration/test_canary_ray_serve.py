@@ -1,0 +1,366 @@
+"""Rollouts on a real Ray Serve under real HTTP traffic: promoted, rolled back, refused, resumed, abandoned."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException, TaskDeferred
+
+from airflow_mlops.hooks.ray_serve import RayServeHook
+from airflow_mlops.operators.canary import CanaryPromoteOperator
+from airflow_mlops.rollout.replay import frame_rows, replay, rollout_settled
+from airflow_mlops.triggers.canary import CanaryTrigger
+
+pytestmark = pytest.mark.ray
+
+FEATURES = ["f0", "f1", "f2", "f3"]
+TOKEN = "token-of-the-test-cluster"
+SCRIPT = """
+import time, mlflow
+class Model(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input, params=None):
+        {body}
+        return 1 / (1 + 2.718281828 ** -(model_input["f0"] + model_input["f1"]).to_numpy())
+mlflow.models.set_model(Model())
+"""
+
+
+class Cluster(NamedTuple):
+    dashboard: str
+    serve: str
+    pid: int
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def make_frame(rows, seed):
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame(rng.normal(size=(rows, 4)), columns=FEATURES)
+    frame["late"] = (rng.random(rows) < 1 / (1 + np.exp(-frame.f0 - frame.f1))).astype(int)
+    return frame
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Model directories: 1 and 2 equal, ``worse`` trained on inverted labels, ``failing``, ``slow``, ``broken``."""
+    import mlflow
+    import xgboost
+    from mlflow.models import infer_signature
+
+    folder, frame = tmp_path_factory.mktemp("models"), make_frame(3000, 0)
+    signature = infer_signature(frame[FEATURES], np.array([0.5]))
+    for name, seed in (("1", 1), ("2", 2), ("3", 3), ("worse", 4)):
+        label = 1 - frame.late if name == "worse" else frame.late
+        model = xgboost.XGBClassifier(n_estimators=20, max_depth=2, random_state=seed, subsample=0.8, n_jobs=1)
+        model.fit(frame[FEATURES], label)
+        mlflow.xgboost.save_model(model, folder / name, signature=signature, pip_requirements=[])
+    bodies = {"failing": 'assert (model_input["f0"] < 1).all(), "unknown carrier"', "slow": "time.sleep(0.2)"}
+    for name, body in bodies.items():
+        script = folder / f"{name}.py"
+        script.write_text(SCRIPT.format(body=body))
+        mlflow.pyfunc.save_model(folder / name, python_model=str(script), signature=signature, pip_requirements=[])
+    (folder / "broken").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of its own, with token authentication."""
+    gcs, dashboard, agent, metrics, client, serve = free_ports(6)
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    (Path(folder) / "other_app.py").write_text(OTHER)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": folder,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
+    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--object-store-memory=80000000"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+    with open(f"{folder}.log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    family = []
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/gcs_healthz", timeout=2)
+                break
+            assert process.poll() is None and time.monotonic() < deadline, Path(f"{folder}.log").read_text()
+            time.sleep(0.3)
+        yield Cluster(f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{serve}", process.pid)
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(f"{folder}.log").unlink()
+
+
+@pytest.fixture(autouse=True)
+def connection(cluster, monkeypatch):
+    value = {"conn_type": "ray", "host": cluster.dashboard, "password": TOKEN, "extra": {"serve_url": cluster.serve}}
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(value))
+
+
+@pytest.fixture
+def operator(models):
+    def make(version, stable="", **options):
+        settings = {
+            "task_id": "canary",
+            "model_name": "flights",
+            "version": version,
+            "model_uri": str(models / version),
+            "stable_version": stable,
+            "stable_uri": str(models / stable) if stable else "",
+            "policy": {"steps": [20, 50, 100], "min_requests": 60, "deadline_seconds": 90},
+            "guardrails": [
+                {"kind": "errors", "tolerance": 0.02},
+                {"kind": "latency", "factor": 2.0, "tolerance": 0.1},
+                {"kind": "log_loss", "margin": 0.25},
+            ],
+            "poll_interval": 0.3,
+            "ttl": 4,
+            **options,
+        }
+        return CanaryPromoteOperator(**settings)
+
+    return make
+
+
+def context(run):
+    return {"ti": SimpleNamespace(dag_id="flights", task_id="canary", run_id=run, map_index=-1)}
+
+
+@pytest.fixture
+def traffic(cluster):
+    """Replays labelled requests in the background until told to stop; collects the reports."""
+
+    @contextlib.contextmanager
+    def start(prefix, until=None, batch_size=8):
+        rows = frame_rows(make_frame(20_000, 9), FEATURES, "late", prefix)
+        stopped, reports = threading.Event(), []
+
+        def stop(state):
+            return stopped.is_set() or (until is not None and rollout_settled(until)(state))
+
+        options = {"concurrency": 4, "stop_when": stop, "batch_size": batch_size, "single_share": 0.3}
+        thread = threading.Thread(
+            target=lambda: reports.append(replay(f"{cluster.serve}/flights", rows, max_seconds=100, **options))
+        )
+        thread.start()
+        try:
+            yield reports
+        finally:
+            stopped.set()
+            thread.join(60)
+
+    return start
+
+
+def route_state(cluster):
+    with urllib.request.urlopen(f"{cluster.serve}/flights/state", timeout=10) as response:
+        return json.load(response)
+
+
+def wait_for(cluster, reached, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not reached(route_state(cluster)):
+        assert time.monotonic() < deadline, route_state(cluster)
+        time.sleep(0.1)
+
+
+OTHER = """
+from ray import serve
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+def hello(request):
+    return "hello"
+
+app = hello.bind()
+"""
+
+
+async def deploy_other_application():
+    async with RayServeHook().get_conn() as client:
+        await client.put_application({"name": "other", "route_prefix": "/other", "import_path": "other_app:app"})
+
+
+async def application_names():
+    async with RayServeHook().get_conn() as client:
+        return {name: app["status"] for name, app in (await client.serve())["applications"].items()}
+
+
+def test_without_a_champion_the_first_version_gets_all_traffic(operator, cluster):
+    asyncio.run(deploy_other_application())
+    result = operator("1").execute(context("first"))
+    assert (result["verdict"], result["compared"], result["previous"]) == ("PROMOTE", False, None)
+    assert "no champion" in result["reasons"][0]
+    state = route_state(cluster)
+    assert state["versions"][state["stable"]] == "1" and state["canary"] is None
+    assert asyncio.run(application_names()).keys() == {"other", "flights"}
+    ok, message = RayServeHook().test_connection()
+    assert ok and "2 applications" in message
+
+
+def test_a_wrong_token_is_explained(cluster, monkeypatch, operator):
+    value = {"conn_type": "ray", "host": cluster.dashboard, "password": "wrong", "extra": {"serve_url": cluster.serve}}
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(value))
+    with pytest.raises(AirflowFailException, match="token as password"):
+        operator("2", "1").execute(context("wrong token"))
+    assert RayServeHook().test_connection()[0] is False
+    request = urllib.request.Request(
+        f"{cluster.serve}/flights/rollout", b'{"action": "claim", "owner": "x"}', method="POST"
+    )
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
+
+
+def test_an_equal_version_is_promoted_without_a_failed_request(operator, cluster, traffic):
+    with traffic("equal-", until="2") as reports:
+        result = operator("2", "1").execute(context("equal"))
+        served = route_state(cluster)
+    assert result["verdict"] == "PROMOTE" and result["previous"] == "1", result
+    assert [step["decision"] for step in result["steps"]] == ["PROMOTE_STEP", "PROMOTE"]
+    assert min(result["requests"].values()) >= 120
+    assert served["versions"][served["stable"]] == "2" and served["canary"] is None
+    assert reports[0].failed == 0 and reports[0].errors == [] and reports[0].stopped
+    assert reports[0].arms["canary"] > 0
+    assert {slot["version"]: slot["ready"] for slot in served["slots"].values()} == {"1": True, "2": True}
+    # The task again, in a fresh operator, after the verdict: the same answer, nothing moved.
+    again = operator("2", "1").execute(context("equal"))
+    assert again == result and route_state(cluster)["epoch"] == served["epoch"]
+
+
+@pytest.mark.parametrize(("version", "guardrail"), [("failing", "errors"), ("slow", "latency"), ("worse", "log_loss")])
+def test_a_bad_version_is_rolled_back(operator, cluster, traffic, version, guardrail):
+    with traffic(f"{version}-", until=version) as reports:
+        with pytest.raises(AirflowFailException, match=f"{guardrail}: the canary is worse"):
+            operator(version, "2").execute(context(version))
+        state = route_state(cluster)
+    assert state["weight"] == 0 and state["canary"] is None and state["versions"][state["stable"]] == "2"
+    assert state["rollout"]["finished"]["verdict"] == "ROLLBACK"
+    assert reports[0].failed == 0, reports[0].errors
+    if version == "failing":
+        assert reports[0].fallbacks > 0
+
+
+def test_a_version_that_cannot_be_loaded_is_rolled_back(operator, cluster):
+    result = operator("broken", "2", on_rollback="return").execute(context("broken"))
+    assert result["verdict"] == "ROLLBACK" and "could not be loaded" in result["reasons"][0]
+    assert route_state(cluster)["weight"] == 0
+    with pytest.raises(AirflowSkipException, match="could not be loaded"):
+        operator("broken", "2", on_rollback="skip").execute(context("broken"))
+
+
+def test_a_lost_trigger_is_refused_to_others_continued_by_its_owner_and_ended_by_the_lease(operator, cluster, traffic):
+    slow_policy = {"steps": [20, 50, 100], "min_requests": 250, "deadline_seconds": 90}
+    with pytest.raises(TaskDeferred) as deferred:
+        operator("3", "2", policy=slow_policy, deferrable=True).execute(context("lost"))
+    trigger = deferred.value.trigger
+    path, arguments = trigger.serialize()
+    assert path == "airflow_mlops.triggers.canary.CanaryTrigger"
+
+    async def run_and_lose(seconds):
+        events = CanaryTrigger(**json.loads(json.dumps(arguments))).run()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(events), seconds)
+
+    async def run_to_the_end():
+        return await anext(CanaryTrigger(**arguments).run())
+
+    with traffic("lost-", until="3"):
+        asyncio.run(run_and_lose(5))
+        lost = route_state(cluster)
+        assert lost["weight"] == 20 and lost["owner"] == "flights/canary/lost/-1"
+        with pytest.raises(AirflowFailException, match="two rollouts of one model"):
+            operator("1", "2").execute(context("second"))
+        wait_for(cluster, lambda state: state["weight"] == 0, seconds=8)
+        assert route_state(cluster)["configured_weight"] == 20
+        event = asyncio.run(run_to_the_end()).payload
+    assert event["status"] == "done", event
+    result = operator("3", "2").execute_complete(context("lost"), event)
+    assert result["verdict"] == "PROMOTE"
+    assert result["looks"] > lost["rollout"]["judge"]["looks"] >= 2
+    assert min(result["requests"].values()) >= 500 > sum(lost["rollout"]["judge"]["requests"])
+
+
+def test_a_killed_task_gives_the_traffic_back_and_can_start_again(operator, cluster, traffic):
+    policy = {"steps": [20, 50, 100], "min_requests": 10**6, "deadline_seconds": 90}
+    task, failures = operator("1", "3", policy=policy), []
+
+    def execute():
+        try:
+            task.execute(context("killed"))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=execute)
+    with traffic("killed-"):
+        thread.start()
+        wait_for(cluster, lambda state: state["weight"] == 20)
+        started = time.monotonic()
+        task.on_kill()
+        state = route_state(cluster)
+        assert state["weight"] == 0 and state["configured_weight"] == 0 and time.monotonic() - started < 10
+        thread.join(30)
+    assert failures and state["versions"][state["stable"]] == "3"
+
+
+def test_a_restarted_router_neither_promotes_nor_loses_the_rollout(operator, cluster, traffic):
+    policy = {"steps": [20, 50, 100], "min_requests": 150, "deadline_seconds": 90}
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(operator("2", "3", policy=policy, on_rollback="return").execute(context("crash")))
+    )
+    with traffic("crash-", until="2"):
+        thread.start()
+        wait_for(cluster, lambda state: state["weight"] == 20)
+        time.sleep(1.5)
+        boot = route_state(cluster)["boot"]
+        for process in psutil.Process(cluster.pid).children(recursive=True):
+            if "ray::ServeReplica:flights:router" in " ".join(process.cmdline()):
+                process.kill()
+        thread.join(100)
+    assert results and results[0]["verdict"] == "PROMOTE", results
+    state = route_state(cluster)
+    assert state["boot"] != boot and state["versions"][state["stable"]] == "2"
+
+
+def test_other_applications_are_still_there():
+    assert asyncio.run(application_names()) == {"other": "RUNNING", "flights": "RUNNING"}

@@ -1,0 +1,59 @@
+"""The trigger's round trip, its errors, and that it leaves the triggerer's loop free."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+from airflow_mlops.rollout.controller import RolloutSpec
+from airflow_mlops.triggers.canary import CanaryTrigger
+
+
+def arguments(**changes):
+    spec = RolloutSpec("flights", "2", "/models/2", "1", "/models/1", "owner").to_json()
+    return {"spec": {**spec, "guardrails": None, **changes}, "route": {"name": "flights"}, "ray_conn_id": "ray_default"}
+
+
+def trigger(**changes):
+    return CanaryTrigger(**arguments(**changes), serve_url="http://127.0.0.1:9")
+
+
+def test_serialization_round_trip():
+    path, kwargs = trigger().serialize()
+    assert path == "airflow_mlops.triggers.canary.CanaryTrigger"
+    assert CanaryTrigger(**json.loads(json.dumps(kwargs))).serialize() == (path, kwargs)
+
+
+async def test_an_unreachable_ray_becomes_a_retryable_error(monkeypatch):
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps({"conn_type": "ray", "host": "http://127.0.0.1:9"}))
+    event = (await anext(trigger().run())).payload
+    assert event["status"] == "error" and event["retryable"] is True and "Is Ray running" in event["error"]
+
+
+async def test_a_bad_specification_becomes_a_permanent_error():
+    event = (await anext(trigger(policy={"steps": [100]}).run())).payload
+    assert event["status"] == "error" and event["retryable"] is False and "steps" in event["error"]
+
+
+async def test_killing_without_ray_does_not_raise(monkeypatch):
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps({"conn_type": "ray", "host": "http://127.0.0.1:9"}))
+    await trigger().on_kill()
+
+
+async def test_waiting_for_a_silent_server_leaves_the_loop_free(monkeypatch):
+    async def never(reader, writer):
+        await asyncio.sleep(60)
+
+    server = await asyncio.start_server(never, "127.0.0.1", 0)
+    host = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps({"conn_type": "ray", "host": host}))
+    await anext(trigger(policy={"steps": [100]}).run())  # imports, which may block once
+    task = asyncio.ensure_future(anext(trigger().run()))
+    started = time.monotonic()
+    for _ in range(20):
+        await asyncio.sleep(0.01)
+    # A blocking call would hold the loop for the client's whole time-out of 15 s.
+    assert time.monotonic() - started < 5 and not task.done()
+    task.cancel()
+    server.close()
