@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from airflow_mlops.evaluation import GatePolicy, score
+from airflow_mlops.operators.gate import ModelGateOperator, ModelScoreOperator
+
+
+@pytest.fixture
+def gate(mlflow_uri, mlflow_models, task_context, tmp_path):
+    """``gate(**changes)``: the result and the context of a fresh operator, good against poor."""
+
+    def run(context=None, **changes):
+        arguments = {
+            "challenger_uri": mlflow_models.good,
+            "champion_uri": mlflow_models.poor,
+            "data_uri": mlflow_models.data,
+            "label": "late",
+            "report_dir": str(tmp_path / "gate"),
+            "measure_latency": False,
+            "tracking_uri": mlflow_uri,
+        } | changes
+        return ModelGateOperator(task_id="gate", **arguments).execute(context or task_context("gate"))
+
+    return run
+
+
+@pytest.fixture
+def champion(mlflow_hook, mlflow_models):
+    """The poor model as version 1 of ``late``, champion."""
+    mlflow_hook.client.create_registered_model("late")
+    mlflow_hook.client.create_model_version("late", mlflow_models.poor)
+    mlflow_hook.client.set_registered_model_alias("late", "champion", "1")
+    return "1"
+
+
+class TestGate:
+    def test_a_winner_leaves_its_evidence(self, gate, mlflow_models):
+        result = gate(slice_columns=["origin"], measure_latency=True, policy={"max_latency_ms": "5000"})
+        assert result["passed"]
+        json.dumps(result, allow_nan=False)
+        assert "data:image/png" in Path(result["report_uri"]).read_text()
+        assert json.loads(Path(result["verdict_uri"]).read_text())["passed"]
+        rows = pd.read_parquet(result["predictions_uri"])
+        assert list(rows.columns) == ["event_timestamp", "label", "challenger", "champion"]
+        assert rows["label"].dtype == np.int8
+        assert len(rows) == 3000
+        found = score(rows["label"], rows["challenger"])
+        assert result["metrics"]["challenger"]["log_loss"] == pytest.approx(found["log_loss"])
+        assert {row["value"] for row in result["slices"]} == {"EWR", "JFK", "LGA"}
+        assert result["clusters"] == 10
+        assert 0 < result["latency"]["p50_ms"] <= result["latency"]["p95_ms"]
+
+    @pytest.mark.parametrize(("on_fail", "error"), [("fail", AirflowFailException), ("skip", AirflowSkipException)])
+    def test_a_loser_stops_and_its_verdict_is_kept(self, gate, mlflow_models, task_context, on_fail, error):
+        context = task_context("gate")
+        swapped = {"challenger_uri": mlflow_models.poor, "champion_uri": mlflow_models.good}
+        with pytest.raises(error, match=r"does not pass: improvement in log_loss: gain -"):
+            gate(context, on_fail=on_fail, **swapped)
+        assert context["ti"].pushed["return_value"]["passed"] is False
+
+    def test_only_the_window_counts(self, gate):
+        result = gate(window_start="2013-04-03", window_end="2013-04-09", policy=GatePolicy(min_clusters=6))
+        rows = pd.read_parquet(result["predictions_uri"])
+        assert rows["event_timestamp"].min() >= pd.Timestamp("2013-04-03", tz="UTC")
+        assert rows["event_timestamp"].max() < pd.Timestamp("2013-04-09", tz="UTC")
+        assert result["clusters"] == 6
+
+    def test_an_empty_window_does_not_pass(self, gate):
+        with pytest.raises(AirflowFailException, match="rows: 0; required: at least 500"):
+            gate(window_start="2014-04-03", window_end="2014-04-09")
+        with pytest.raises(AirflowFailException, match="rows: 0"):
+            gate(window_start="2014-04-03", window_end="2014-04-09", champion_uri="", measure_latency=True)
+
+    def test_unlabelled_rows_are_left_out_and_counted(self, gate, mlflow_models, tmp_path):
+        frame = pd.read_parquet(mlflow_models.data)
+        frame["late"] = frame["late"].astype("float64").mask(frame.index < 100)
+        frame.to_parquet(tmp_path / "part.parquet")
+        result = gate(data_uri=str(tmp_path / "part.parquet"))
+        assert (result["unlabelled"], result["rows"]) == (100, 2900)
+
+    def test_the_registry_names_the_champion(self, gate, champion):
+        for named in ({}, {"champion_version": "1"}):
+            result = gate(champion_uri=None, model_name="late", **named)
+            assert (result["champion_version"], result["champion_uri"]) == ("1", "models:/late/1")
+            assert not result["first_model"]
+
+    def test_a_first_model_needs_the_registry_to_agree(self, gate):
+        assert gate(champion_uri=None, model_name="late", champion_version="")["first_model"]
+        assert gate(champion_uri="")["first_model"]
+
+    def test_a_lost_champion_is_not_a_first_model(self, gate, champion):
+        for blank in ({"champion_version": ""}, {"champion_version": "None"}, {"champion_uri": ""}):
+            with pytest.raises(AirflowFailException, match="given as none, but the registry has version 1"):
+                gate(**({"champion_uri": None, "model_name": "late"} | blank))
+        for unknown in (None, "None"):
+            with pytest.raises(AirflowFailException, match="no champion, or a lost one"):
+                gate(champion_uri=unknown)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"challenger_uri": "None"}, "training left no model"),
+            ({"challenger_uri": "/nowhere"}, "no model folder"),
+            ({"data_uri": "/nowhere.parquet"}, "no data at /nowhere.parquet"),
+            ({"label": "delay"}, r"lacks \['delay'\]"),
+            ({"slice_columns": "['carrier']"}, r"slice columns \['carrier'\]"),
+            ({"cluster": "week"}, "cluster column 'week'"),
+            ({"policy": {"alpha": 2}}, "alpha is 2"),
+            ({"on_fail": "ignore"}, "on_fail is 'ignore'"),
+            ({"window_start": "2013-04-03"}, "only one end of the window"),
+        ],
+    )
+    def test_bad_input_never_passes(self, gate, changes, message):
+        with pytest.raises(AirflowFailException, match=message):
+            gate(**changes)
+
+    def test_a_model_that_breaks_in_a_fresh_process_does_not_pass(self, gate, mlflow_models, monkeypatch):
+        monkeypatch.setenv("PYTHONOPTIMIZE", "x")
+        monkeypatch.setenv("PYTHONHOME", "/nowhere")
+        with pytest.raises(AirflowFailException, match="fails in a fresh process"):
+            gate(measure_latency=True)
+
+
+class TestScore:
+    @pytest.fixture
+    def run(self, mlflow_uri, mlflow_models, task_context, tmp_path):
+        def run(models, **changes):
+            arguments = {
+                "models": models,
+                "data_uri": mlflow_models.data,
+                "label": "late",
+                "predictions_uri": str(tmp_path / "predictions.parquet"),
+                "tracking_uri": mlflow_uri,
+            } | changes
+            return ModelScoreOperator(task_id="score", **arguments).execute(task_context("score"))
+
+        return run
+
+    def test_champion_and_frozen_are_put_on_record_once(self, run, champion, mlflow_hook, mlflow_models):
+        models = {"champion": "models:/late@champion", "frozen": mlflow_models.good}
+        result = run(models)
+        assert result["models"]["champion"]["version"] == "1"
+        assert result["models"]["frozen"]["auc"] > result["models"]["champion"]["auc"]
+        assert run(models)["run_id"] == result["run_id"]
+        history = mlflow_hook.client.get_metric_history(result["run_id"], "champion_auc")
+        assert [(point.step, point.value) for point in history] == [(20130401, result["models"]["champion"]["auc"])]
+        tags = mlflow_hook.client.get_run(result["run_id"]).data.tags
+        assert tags["mlops.window_start"].startswith("2013-04-01")
+        assert tags["mlops.version.champion"] == "1"
+        rows = pd.read_parquet(result["predictions_uri"])
+        assert list(rows.columns) == ["event_timestamp", "label", "champion", "frozen"]
+        json.dumps(result, allow_nan=False)
+
+    def test_without_models_there_is_still_a_result(self, run):
+        result = run({"champion": "models:/late@champion", "frozen": "", "other": "None"})
+        assert result["models"] == {"champion": None, "frozen": None, "other": None}
+        assert (result["rows"], result["run_id"]) == (3000, None)
+        assert list(pd.read_parquet(result["predictions_uri"]).columns) == ["event_timestamp", "label"]
+
+    def test_an_alias_never_set_has_to_be_declared(self, run, champion):
+        models = {"frozen": "models:/late@frozen"}
+        with pytest.raises(AirflowFailException, match="no alias 'frozen'"):
+            run(models)
+        assert run(models, optional=["frozen"])["models"] == {"frozen": None}
+
+    def test_no_labels_is_no_score(self, run, mlflow_models, tmp_path):
+        frame = pd.read_parquet(mlflow_models.data)
+        frame.assign(late=np.nan).to_parquet(tmp_path / "early.parquet")
+        with pytest.raises(AirflowFailException, match="no labelled rows"):
+            run({"champion": mlflow_models.good}, data_uri=str(tmp_path / "early.parquet"))

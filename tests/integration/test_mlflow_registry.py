@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import threading
+
+import pandas as pd
+import pytest
+from airflow.sdk import Asset
+from airflow.sdk.exceptions import AirflowFailException
+
+from airflow_mlops import storage
+from airflow_mlops.drift import LossReference, Profile
+from airflow_mlops.hooks.mlflow import MlflowHook
+from airflow_mlops.operators.mlflow import MlflowPromoteOperator, MlflowRegisterOperator, MlflowRollbackOperator
+
+
+@pytest.fixture
+def register(mlflow_uri, mlflow_models, task_context):
+    """``register(key, **changes)`` runs a fresh operator for the training ``key``."""
+
+    def run(key="run-a", **changes):
+        training = {"run_key": key, "model_uri": mlflow_models.good, "metrics": {"auc": 0.8, "bad": float("nan")}}
+        arguments = {"model_name": "late", "training": training, "tracking_uri": mlflow_uri} | changes
+        return MlflowRegisterOperator(task_id="register", **arguments).execute(task_context("register"))
+
+    return run
+
+
+@pytest.fixture
+def promote(mlflow_uri, task_context):
+    def run(version, expected, **changes):
+        arguments = {"model_name": "late", "tracking_uri": mlflow_uri} | changes
+        operator = MlflowPromoteOperator(task_id="promote", version=version, expected_version=expected, **arguments)
+        return operator.execute(task_context("promote"))
+
+    return run
+
+
+@pytest.fixture
+def rollback(mlflow_uri, task_context):
+    def run(run_id="run-1", **changes):
+        operator = MlflowRollbackOperator(task_id="rollback", model_name="late", tracking_uri=mlflow_uri, **changes)
+        return operator.execute(task_context("rollback", run_id))
+
+    return run
+
+
+def alias(hook, name="champion"):
+    found = hook.version_by_alias("late", name, missing_ok=True)
+    return None if found is None else str(found.version)
+
+
+class TestRegister:
+    def test_a_version_carries_its_papers(self, register, mlflow_hook, mlflow_models, tmp_path):
+        predictions = pd.read_parquet(mlflow_models.data).rename(columns={"late": "label"})
+        predictions["challenger"] = 0.3
+        predictions.to_parquet(tmp_path / "predictions.parquet")
+        (tmp_path / "report.html").write_text("<p>fine")
+        gate = {
+            "passed": True,
+            "predictions_uri": str(tmp_path / "predictions.parquet"),
+            "report_uri": str(tmp_path / "report.html"),
+            "metrics": {"challenger": {"auc": 0.77}, "champion": None},
+        }
+        window = {"start": "2013-01-01", "end": "2013-04-01"}
+        result = register(
+            training_set={"uri": mlflow_models.train, "features": mlflow_models.features, "window": window},
+            gate=gate,
+            snapshot={"md5": "abc.dir"},
+            parameters={"depth": 3},
+            tags={"team": "ops"},
+        )
+        assert result["model_uri"] == "models:/late/1"
+        assert result["created"]
+        version = mlflow_hook.version("late", "1")
+        assert version.tags["mlops.run_key"] == "run-a"
+        assert version.tags["mlops.window_end"] == "2013-04-01"
+        assert version.tags["mlops.dataset_md5"] == "abc.dir"
+        assert version.tags["mlops.gate"] == "passed"
+        assert version.tags["team"] == "ops"
+        profile = Profile.from_json(storage.read_json(version.tags["mlops.profile_uri"]))
+        assert set(profile.columns) == set(mlflow_models.features)
+        LossReference.from_json(storage.read_json(version.tags["mlops.loss_reference_uri"]))
+        run = mlflow_hook.client.get_run(result["run_id"])
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics == {"auc": 0.8, "gate_challenger_auc": 0.77}
+        assert run.data.params == {"depth": "3"}
+        dataset = run.inputs.dataset_inputs[0]
+        assert json.loads(dataset.dataset.source) == {"uri": mlflow_models.train}
+        assert {tag.key: tag.value for tag in dataset.tags}["dvc_md5"] == "abc.dir"
+        assert {file.path for file in mlflow_hook.client.list_artifacts(result["run_id"])} >= {"model", "gate"}
+        frame = pd.read_parquet(mlflow_models.data)
+        served = mlflow_hook.predict_proba("models:/late/1", frame)
+        assert (served == mlflow_hook.predict_proba(mlflow_models.good, frame)).all()
+        assert mlflow_hook.load("models:/late/1").metadata.signature is not None
+
+    def test_again_is_the_same_version(self, register, mlflow_hook):
+        first, again, other = register(), register(), register("run-b")
+        assert (again["version"], again["created"], again["run_id"]) == ("1", False, first["run_id"])
+        assert other["version"] == "2"
+        assert len(mlflow_hook.client.search_model_versions("name='late'")) == 2
+
+    @pytest.mark.parametrize("dies_in", ["create_model_version", "log_artifacts", "set_registered_model_alias"])
+    def test_a_try_that_died_is_taken_up(self, register, mlflow_hook, monkeypatch, dies_in):
+        from mlflow import MlflowClient
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, dies_in, lambda *_, **__: (_ for _ in ()).throw(SystemExit))
+            with pytest.raises(SystemExit):
+                register()
+        result = register()
+        assert result["version"] == "1"
+        assert len(mlflow_hook.client.search_model_versions("name='late'")) == 1
+        assert len(mlflow_hook.client.search_runs([mlflow_hook.experiment_id("late")])) == 1
+        assert alias(mlflow_hook, "challenger") == "1"
+
+    def test_two_tries_at_once_make_one_version(self, register, mlflow_hook, monkeypatch):
+        # Both look for a known version before either has made one.
+        barrier, found = threading.Barrier(2), MlflowHook.versions_tagged
+        waited = threading.local()
+
+        def together(self, *arguments):
+            answer = found(self, *arguments)
+            if not getattr(waited, "done", False):
+                waited.done = True
+                barrier.wait(30)
+            return answer
+
+        monkeypatch.setattr(MlflowHook, "versions_tagged", together)
+        results = []
+        threads = [threading.Thread(target=lambda: results.append(register())) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [result["version"] for result in results] == ["1", "1"]
+        assert sorted(result["created"] for result in results) == [False, True]
+        assert len(mlflow_hook.client.search_model_versions("name='late'")) == 1
+
+    def test_an_old_training_does_not_take_the_alias_back(self, register, mlflow_hook):
+        register("run-a"), register("run-b"), register("run-a")
+        assert alias(mlflow_hook, "challenger") == "2"
+
+    def test_evidence_can_be_kept_elsewhere(self, register, mlflow_hook, mlflow_models, tmp_path):
+        register(training_set=mlflow_models.train, features="['a']", evidence_uri=str(tmp_path / "papers"))
+        uri = mlflow_hook.version("late", "1").tags["mlops.profile_uri"]
+        assert uri == str(tmp_path / "papers/run-a/profile.json")
+        assert set(Profile.from_json(storage.read_json(uri)).columns) == {"a"}
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"training": {"model_uri": None, "run_key": "k"}}, "saves no MLflow model"),
+            ({"gate": {"passed": False, "reasons": ["auc too low"]}}, "did not pass: auc too low"),
+            ({"gate": {"predictions_uri": "x"}}, "did not pass: no verdict"),
+            ({"gate": "yes"}, "gate is 'yes'; expected a dict"),
+            ({"model_uri": "/nowhere"}, "no model folder /nowhere"),
+        ],
+    )
+    def test_what_cannot_be_registered(self, register, mlflow_hook, changes, message):
+        with pytest.raises(AirflowFailException, match=message):
+            register(**changes)
+        assert mlflow_hook.registered_model("late") is None
+
+
+class TestPromote:
+    def test_the_champion_moves_and_the_previous_one_is_kept(self, register, promote, mlflow_hook):
+        register("run-a"), register("run-b")
+        assert promote("1", "")["previous"] is None
+        assert promote("2", "1") == {
+            "name": "late",
+            "version": "2",
+            "previous": "1",
+            "alias": "champion",
+            "changed": True,
+        }
+        assert (alias(mlflow_hook), alias(mlflow_hook, "previous_champion")) == ("2", "1")
+
+    def test_again_changes_nothing(self, register, promote, mlflow_hook):
+        register("run-a"), register("run-b")
+        promote("1", ""), promote("2", "1")
+        assert not promote("2", "1")["changed"]
+        assert alias(mlflow_hook, "previous_champion") == "1"
+
+    @pytest.mark.parametrize("expected", ["", "None", "2"])
+    def test_another_champion_than_expected(self, register, promote, mlflow_hook, expected):
+        register("run-a"), register("run-b"), register("run-c")
+        promote("1", "")
+        with pytest.raises(AirflowFailException, match="is version 1, but this promotion was decided against"):
+            promote("3", expected)
+        assert alias(mlflow_hook) == "1"
+
+    def test_two_at_once_end_with_one_winner(self, register, promote, mlflow_hook):
+        register("run-a"), register("run-b"), register("run-c")
+        promote("1", "")
+        start, outcome = threading.Barrier(2), {}
+
+        def run(version):
+            start.wait()
+            try:
+                outcome[version] = promote(version, "1")["changed"]
+            except AirflowFailException as error:
+                outcome[version] = str(error)
+
+        threads = [threading.Thread(target=run, args=[version]) for version in "23"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winner, loser = sorted(outcome, key=lambda version: outcome[version] is not True)
+        assert outcome[winner] is True
+        assert f"is version {winner}, but this promotion was decided against 1" in outcome[loser]
+        assert (alias(mlflow_hook), alias(mlflow_hook, "previous_champion")) == (winner, "1")
+
+    def test_a_version_that_does_not_exist(self, register, promote):
+        register()
+        with pytest.raises(AirflowFailException, match="no version 7"):
+            promote("7", "")
+        with pytest.raises(AirflowFailException, match="version is empty"):
+            promote("None", "")
+
+    def test_a_deleted_champion_stops_the_loop(self, register, promote, mlflow_hook):
+        register("run-a"), register("run-b")
+        promote("1", "")
+        mlflow_hook.client.delete_model_version("late", "1")
+        with pytest.raises(AirflowFailException, match="had version 1 as 'champion'"):
+            promote("2", "")
+
+    def test_the_asset_event_names_the_version(self, register, mlflow_uri, task_context):
+        register()
+        asset, context = Asset("model://late"), task_context("promote")
+        arguments = {"model_name": "late", "version": "1", "expected_version": "", "tracking_uri": mlflow_uri}
+        MlflowPromoteOperator(task_id="promote", outlets=[asset], **arguments).execute(context)
+        assert context["outlet_events"][asset].extra["version"] == "1"
+
+
+class TestRollback:
+    @pytest.fixture(autouse=True)
+    def two_champions(self, register, promote):
+        register("run-a"), register("run-b")
+        promote("1", ""), promote("2", "1")
+
+    def test_the_previous_champion_serves_again(self, rollback, promote, mlflow_hook):
+        assert rollback()["version"] == "1"
+        assert (alias(mlflow_hook), alias(mlflow_hook, "previous_champion")) == ("1", None)
+        with pytest.raises(AirflowFailException, match="version 2 was rolled back"):
+            promote("2", "1")
+
+    def test_a_retry_does_not_roll_forward(self, rollback, mlflow_hook):
+        rollback()
+        assert not rollback()["changed"]
+        assert alias(mlflow_hook) == "1"
+
+    @pytest.mark.parametrize("dies_in", ["set_registered_model_alias", "delete_registered_model_alias"])
+    def test_a_try_that_died_is_finished(self, rollback, mlflow_hook, monkeypatch, dies_in):
+        from mlflow import MlflowClient
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, dies_in, lambda *_, **__: (_ for _ in ()).throw(SystemExit))
+            with pytest.raises(SystemExit):
+                rollback()
+        rollback()
+        assert (alias(mlflow_hook), alias(mlflow_hook, "previous_champion")) == ("1", None)
+
+    def test_nothing_to_go_back_to(self, rollback):
+        rollback("run-1")
+        with pytest.raises(AirflowFailException, match="no 'previous_champion' to roll back to"):
+            rollback("run-2")
+
+    def test_only_from_the_version_that_was_meant(self, rollback, mlflow_hook):
+        with pytest.raises(AirflowFailException, match="version 1 is not the champion"):
+            rollback(version="1")
+        assert alias(mlflow_hook) == "2"
