@@ -241,3 +241,19 @@ def test_a_policy_out_of_range_is_refused(value):
 def test_a_policy_survives_json():
     policy = DriftPolicy(min_effect=0.2, calendar_columns=("a", "b"))
     assert DriftPolicy.from_json(json.loads(json.dumps(policy.to_json()))) == policy
+
+
+def test_the_noise_of_small_samples_is_taken_off_the_wasserstein_distance(rng):
+    found = [column(judge(*(pd.DataFrame({"x": rng.normal(size=500)}) for _ in "ab")), "x") for _ in range(40)]
+    assert np.mean([c.effect for c in found]) < 0.5 * np.mean([c.distance for c in found])
+    assert np.mean([c.effect == 0 for c in found]) > 0.4
+
+
+def test_the_chi_squared_test_is_honest_with_rare_categories(rng):
+    """400 categories, most of them seen once or twice: one test in twenty may fall below 0.05."""
+    weights = rng.dirichlet(np.full(400, 0.2))
+    p = []
+    for _ in range(100):
+        frames = [pd.DataFrame({"c": rng.choice(400, n, p=weights).astype(str)}) for n in (3_000, 600)]
+        p.append(column(judge(*frames), "c").p_value)
+    assert np.mean(np.array(p) < 0.05) <= 0.12 and 0.3 < np.mean(p) < 0.7

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from airflow_mlops.drift import HarmPolicy, HarmReport, LossReference, assess_harm
 from airflow_mlops.exceptions import DataError, InvalidInputError
@@ -173,3 +174,10 @@ def test_everything_survives_json(rng):
 def test_a_policy_out_of_range_is_refused(value):
     with pytest.raises(InvalidInputError, match="harm policy"):
         HarmPolicy.from_json(value)
+
+
+def test_few_days_are_judged_by_students_t(rng):
+    reference = LossReference.of(*flights(rng, 60))
+    report = assess_harm(reference, *flights(rng, 5), HarmPolicy(calibration_tolerance=0.0))
+    gap = next(test for test in report.tests if test.name == "calibration")
+    assert gap.p_value == pytest.approx(2 * stats.t.sf(gap.change / gap.se, 4), rel=1e-9)
