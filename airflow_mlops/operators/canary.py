@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -208,8 +209,8 @@ class CanaryPromoteOperator(BaseOperator):
             stable_version=_text(self.stable_version),
             stable_uri=_text(self.stable_uri),
             owner="/".join(str(part) for part in (ti.dag_id, ti.task_id, ti.run_id, getattr(ti, "map_index", -1))),
-            policy=RolloutPolicy.from_json(self.policy or None),
-            guardrails=parse_guardrails(self.guardrails or None),
+            policy=RolloutPolicy.from_json(_structure(self.policy, "policy")),
+            guardrails=parse_guardrails(_structure(self.guardrails, "guardrails")),
             poll_interval=float(self.poll_interval),
             ttl=float(self.ttl),
         )
@@ -229,3 +230,15 @@ class CanaryPromoteOperator(BaseOperator):
 def _text(value: Any) -> str:
     """A templated value as text; what Jinja renders for nothing is nothing."""
     return "" if value in (None, "None", "null") else str(value).strip()
+
+
+def _structure(value: Any, name: str) -> Any:
+    """A templated dictionary or list, which Jinja may have rendered as JSON text; blank is ``None``."""
+    if not isinstance(value, str):
+        return value or None
+    try:
+        return json.loads(value) if _text(value) else None
+    except ValueError:
+        raise InvalidInputError(
+            f"{name} is the text {value!r}; expected a dictionary or list, or one as JSON"
+        ) from None

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError
+from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 from airflow_mlops.rollout.judge import PROMOTE, PROMOTE_STEP, ROLLBACK, Judge, Verdict
 from airflow_mlops.rollout.observation import Observation
 from airflow_mlops.rollout.policy import Guardrail, RolloutPolicy, parse_guardrails
@@ -121,7 +121,11 @@ async def run_rollout(
     steps: list[dict[str, Any]] = saved.get("steps", [])
     since: dict[str, Any] = {"time": clock(), "look": judge.looks, "requests": list(judge.requests)}
     while True:
-        state = await _look(route, spec)
+        state = await _look(route)
+        if not isinstance(state, str) and (state.get("rollout") or {}).get("owner") != spec.owner:
+            raise ConcurrentChangeError(
+                f"the rollout {spec.owner} was ended from outside: its task was killed, or another one took the route"
+            )
         observation = Observation(clock(), problem=state) if isinstance(state, str) else observation_of(state)
         verdict = judge.observe(observation)
         on_look(verdict)
@@ -158,7 +162,7 @@ async def run_rollout(
             await sleep(spec.poll_interval)
 
 
-async def _look(route: Route, spec: RolloutSpec) -> dict[str, Any] | str:
+async def _look(route: Route) -> dict[str, Any] | str:
     try:
         return await route.state()
     except ExternalSystemError as error:

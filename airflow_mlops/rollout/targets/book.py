@@ -155,7 +155,7 @@ class Book:
                 "two rollouts of one model cannot run at once: wait for it, or end its task"
             )
         if action == "stop":
-            self.stopped, self.owner, self.lease_until = True, None, 0.0
+            self.stopped, self.owner, self.lease_until, self.annotation = True, None, 0.0, {}
             return
         if action == "renew" and self.owner != owner:
             raise ConcurrentChangeError(f"{owner} does not hold this route (any more); claim it first")

@@ -33,6 +33,8 @@ def operator(**options):
         ({"version": "None"}, "version of the rollout is empty"),
         ({"stable_uri": ""}, "give both, or neither"),
         ({"policy": {"steps": [50, 10]}}, "rise"),
+        ({"policy": "steps 10, 100"}, "as JSON"),
+        ({"policy": '{"steps": [50, 10]}'}, "rise"),
         ({"guardrails": ["qps"]}, "not a guardrail|unknown metric"),
         ({"on_rollback": "ignore"}, "on_rollback"),
         ({"ttl": 5, "poll_interval": 5}, "at least three looks"),

@@ -60,7 +60,7 @@ def test_two_rollouts_refuse_each_other():
 def test_stop_takes_effect_at_once_and_frees_the_route():
     made = book(100)
     made.change({"action": "stop", "owner": "me"}, now=1.0)
-    assert made.route("x", 1.0) == "a"
+    assert made.route("x", 1.0) == "a" and made.state(1.0)["rollout"] == {}
     with pytest.raises(ConcurrentChangeError, match="claim it first"):
         made.change({"action": "renew", "owner": "me", "ttl": 60}, now=2.0)
 
