@@ -38,6 +38,7 @@ TRAINER_CLASSES = {
 }
 #: Ray Train looks for reports this often; its own 2 s would make every ``ray.train.report`` cost up to 2 s.
 POLL_INTERVAL = 0.1
+WORKER_START_TIMEOUT = 300.0
 ERROR_TAIL = 8_000
 
 
@@ -52,6 +53,8 @@ class Clusterless(Exception):
 def drive(spec: TrainingSpec) -> int:
     """Run one attempt; returns the exit code of :mod:`airflow_mlops.training.decide`."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_INTERVAL))
+    # A busy machine needs more than Ray's 60 s to start workers.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_TIMEOUT))
     own_ray = spec.ray_address is None
     workers = None if own_ray else spec.file(f"workers-a{spec.attempt}")
     per_worker = (spec.resources_per_worker or {}).get("GPU", 1.0 if spec.use_gpu else 0.0)
