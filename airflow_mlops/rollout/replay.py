@@ -8,7 +8,9 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from airflow_mlops.exceptions import InvalidInputError
+from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError
+
+Condition = Callable[[Mapping[str, Any]], bool]
 
 
 @dataclass
@@ -66,7 +68,9 @@ async def areplay(
     concurrency: int = 16,
     rate: float | None = None,
     max_seconds: float | None = None,
-    stop_when: Callable[[Mapping[str, Any]], bool] | None = None,
+    stop_when: Condition | None = None,
+    start_when: Condition | None = None,
+    wait_seconds: float = 60.0,
     check_every: float = 0.5,
     batch_size: int = 1,
     single_share: float = 0.2,
@@ -148,23 +152,40 @@ async def areplay(
                 count(row, result)
             await send_labels(labels_per_call)
 
+    async def route_state() -> dict[str, Any] | None:
+        try:
+            async with session.get(route_url + "/state") as response:
+                return await response.json() if response.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+
+    async def wait_to_start() -> None:
+        while True:
+            state = await route_state()
+            if state is not None and (start_when is None or start_when(state)):
+                return
+            if time.monotonic() - started > wait_seconds:
+                raise ExternalSystemError(
+                    f"{route_url} was not ready for the replay within {wait_seconds:g} s: "
+                    + ("it does not answer" if state is None else "the rollout waited for did not begin")
+                )
+            await asyncio.sleep(check_every)
+
     async def watch() -> None:
         while True:
             if max_seconds is not None and time.monotonic() - started >= max_seconds:
                 halt.set()
-            if stop_when is not None:
-                try:
-                    async with session.get(route_url + "/state") as response:
-                        if response.status == 200 and stop_when(await response.json()):
-                            report.stopped = True
-                            halt.set()
-                except (aiohttp.ClientError, TimeoutError) as error:
-                    note(error)
+            state = await route_state() if stop_when is not None else None
+            if stop_when is not None and state is not None and stop_when(state):
+                report.stopped = True
+                halt.set()
             await asyncio.sleep(check_every)
 
     queue = chunks()
     connector = aiohttp.TCPConnector(limit=concurrency + 4)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout)) as session:
+        await wait_to_start()
+        started = time.monotonic()
         watcher = asyncio.create_task(watch())
         try:
             workers: list[Awaitable[None]] = [worker() for _ in range(max(1, concurrency))]
@@ -176,7 +197,12 @@ async def areplay(
     return report
 
 
-def rollout_settled(model_version: str) -> Callable[[Mapping[str, Any]], bool]:
+def rollout_begun(model_version: str) -> Condition:
+    """A ``start_when`` that is true once ``model_version`` is being rolled out on the route, or has been."""
+    return lambda state: str((state.get("rollout") or {}).get("version")) == str(model_version)
+
+
+def rollout_settled(model_version: str) -> Condition:
     """A ``stop_when`` that is true once the rollout of ``model_version`` on the route has its final verdict."""
 
     def settled(state: Mapping[str, Any]) -> bool:
@@ -192,8 +218,11 @@ def replay(route_url: str, rows: Iterable[Mapping[str, Any]], **options: Any) ->
     :param route_url: ``http://host:port/route``
     :param rows: ``{"request_id", "features": {...}, "label": 0 | 1 | None}``; see :func:`frame_rows`
     :param options: ``concurrency`` (16), ``rate`` (requests per second, as fast as possible if not given),
-        ``max_seconds``, ``stop_when`` (a function of the route's state, asked every ``check_every`` seconds),
+        ``start_when`` (a function of the route's state, awaited up to ``wait_seconds``; without it the replay starts
+        when the route answers), ``max_seconds``, ``stop_when`` (a function of the route's state, asked every
+        ``check_every`` seconds),
         ``batch_size`` (1: one row per call) with ``single_share`` (0.2, rows still sent alone, which are the ones
         timed), ``labels_per_call`` (100), ``timeout`` (seconds per request)
+    :raises ExternalSystemError: the route does not answer, or the rollout does not begin, within ``wait_seconds``
     """
     return asyncio.run(areplay(route_url, rows, **options))

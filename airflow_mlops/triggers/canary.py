@@ -10,7 +10,6 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_mlops.exceptions import MlopsError
 from airflow_mlops.hooks.ray_serve import RayServeHook
-from airflow_mlops.rollout.reporting import LookLog
 
 
 class CanaryTrigger(BaseTrigger):
@@ -50,6 +49,7 @@ class CanaryTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look, judge and act until the verdict is final."""
         from airflow_mlops.rollout.controller import RolloutSpec, run_rollout
+        from airflow_mlops.rollout.reporting import LookLog
         from airflow_mlops.rollout.targets.client import Route
 
         try:

@@ -27,7 +27,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException, T
 
 from airflow_mlops.hooks.ray_serve import RayServeHook
 from airflow_mlops.operators.canary import CanaryPromoteOperator
-from airflow_mlops.rollout.replay import frame_rows, replay, rollout_settled
+from airflow_mlops.rollout.replay import frame_rows, replay, rollout_begun, rollout_settled
 from airflow_mlops.triggers.canary import CanaryTrigger
 
 pytestmark = pytest.mark.ray
@@ -179,7 +179,14 @@ def traffic(cluster):
         def stop(state):
             return stopped.is_set() or (until is not None and rollout_settled(until)(state))
 
-        options = {"concurrency": 4, "stop_when": stop, "batch_size": batch_size, "single_share": 0.3}
+        begun = None if until is None else rollout_begun(until)
+        options = {
+            "concurrency": 4,
+            "start_when": begun,
+            "stop_when": stop,
+            "batch_size": batch_size,
+            "single_share": 0.3,
+        }
         thread = threading.Thread(
             target=lambda: reports.append(replay(f"{cluster.serve}/flights", rows, max_seconds=100, **options))
         )
