@@ -64,7 +64,7 @@ class MlflowBaseOperator(BaseOperator):
     def __init__(
         self, *, mlflow_conn_id: str = MlflowHook.default_conn_name, tracking_uri: str | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"multiple_outputs": True, **kwargs})
         self.mlflow_conn_id = mlflow_conn_id
         self.tracking_uri = tracking_uri
 

@@ -101,7 +101,7 @@ class CanaryPromoteOperator(BaseOperator):
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"multiple_outputs": True, **kwargs})
         self.model_name = model_name
         self.version = version
         self.model_uri = model_uri

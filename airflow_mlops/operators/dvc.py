@@ -35,7 +35,7 @@ class DvcSnapshotOperator(BaseOperator):
         dvc_conn_id: str = DvcHook.default_conn_name,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"multiple_outputs": True, **kwargs})
         self.path = path
         self.remote_url = remote_url
         self.dvc_conn_id = dvc_conn_id

@@ -33,7 +33,7 @@ class _FeastOperator(BaseOperator):
         feature_store: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"multiple_outputs": True, **kwargs})
         self.repo_path = repo_path
         self.feast_conn_id = feast_conn_id
         self.feature_store = feature_store

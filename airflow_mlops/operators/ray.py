@@ -242,7 +242,7 @@ class RayTrainOperator(BaseOperator):
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"multiple_outputs": True, **kwargs})
         self.train_fn = train_fn
         self.mode = mode
         self.storage_path = storage_path

@@ -66,8 +66,8 @@ class DriftSensor(BaseSensorOperator):
     :param prediction_column: the champion's probability of label 1 (templated)
     :param policy: :class:`~airflow_mlops.drift.DriftPolicy` or a mapping of its fields (templated)
     :param harm_policy: :class:`~airflow_mlops.drift.HarmPolicy` or a mapping of its fields (templated)
-    :param on_stable: ``skip`` downstream tasks, ``proceed``, or ``wait`` for other data at ``current_uri``
-    :param retrain_on: which verdicts ask for retraining: ``harm``, ``drift``
+    :param on_stable: ``skip`` downstream tasks, ``proceed``, or ``wait`` for other data at ``current_uri`` (templated)
+    :param retrain_on: which verdicts ask for retraining: ``harm``, ``drift`` (templated)
     :param report_dir: folder or URI for reports (templated)
     :param window_start: start of the window, for the report; the run's data interval when not given (templated)
     :param window_end: end of the window (templated)
@@ -88,6 +88,8 @@ class DriftSensor(BaseSensorOperator):
         "prediction_column",
         "policy",
         "harm_policy",
+        "on_stable",
+        "retrain_on",
         "report_dir",
         "window_start",
         "window_end",
@@ -121,7 +123,7 @@ class DriftSensor(BaseSensorOperator):
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"multiple_outputs": True, **kwargs})
         self.current_uri = current_uri
         self.model_name = model_name
         self.report_dir = report_dir

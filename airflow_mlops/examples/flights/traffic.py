@@ -63,5 +63,5 @@ def _await_rollout(route_url: str, version: str, wait_seconds: float) -> None:
             pass  # the route is not there yet
         time.sleep(0.5)
     raise ExternalSystemError(
-        f"no rollout of version {version} began at {route_url} within {wait_seconds:.0f} s; look at the canary task's log"
+        f"no rollout of version {version} began at {route_url} within {wait_seconds:.0f} s; see the canary task"
     )
