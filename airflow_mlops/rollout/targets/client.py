@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,14 @@ from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError,
 
 IMPORT_PATH = "airflow_mlops.rollout.targets.ray_serve:build"
 APPLICATIONS = "/api/serve/applications/"
+
+
+def _reason(text: str) -> str:
+    """The router's ``error``, or the answer as it is."""
+    try:
+        return str(json.loads(text)["error"])[:1000]
+    except (ValueError, KeyError, TypeError):
+        return text[:1000]
 
 
 class RayServeClient:
@@ -65,9 +74,9 @@ class RayServeClient:
                 "connection."
             )
         if status == 409:
-            raise ConcurrentChangeError(text[:1000])
+            raise ConcurrentChangeError(_reason(text))
         if status in (400, 422):
-            raise InvalidInputError(f"{method} {url} answered {status}: {text[:1000]}")
+            raise InvalidInputError(f"{method} {url} answered {status}: {_reason(text)}")
         raise ExternalSystemError(f"{method} {url} answered {status}: {text[:500]}")
 
     async def serve(self) -> dict[str, Any]:
