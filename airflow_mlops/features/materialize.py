@@ -43,7 +43,8 @@ class Written:
 
 def newest_end(store: FeatureStore, view: str) -> dt.datetime | None:
     """The exclusive end of the newest window written to the online store for ``view``; None if there was none."""
-    ends = [end for _, end in store.registry.get_any_feature_view(view, store.project).materialization_intervals]
+    registered: Any = store.registry.get_any_feature_view(view, store.project)
+    ends = [end for _, end in registered.materialization_intervals]
     return max(ends).astimezone(dt.timezone.utc) + STEP if ends else None
 
 
@@ -83,7 +84,8 @@ def _local_engine(store: FeatureStore) -> bool:
 @contextmanager
 def _watched_writes(store: FeatureStore, *, keep_newer: bool) -> Iterator[dict[str, int]]:
     """Count what the engine hands to the online store; with ``keep_newer`` drop rows older than what is there."""
-    online = store._get_provider().online_store  # type: ignore[attr-defined]
+    provider: Any = store._get_provider()
+    online = provider.online_store
     write = online.online_write_batch
     counts = {"rows": 0, "kept": 0}
 

@@ -11,7 +11,7 @@ import datetime as dt
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -163,9 +163,10 @@ def resolve_request(
     from feast.on_demand_feature_view import OnDemandFeatureView
 
     registry: Any = _OfflineRegistry(store.registry)
-    refs = list(utils._get_features(registry, store.project, features))
-    views, on_demand = utils._get_feature_views_to_use(registry, store.project, features)
-    names = {view.projection.name_to_use(): view for view in [*views, *on_demand]}
+    wanted_by: Any = features if not isinstance(features, Sequence) else list(features)
+    refs = list(utils._get_features(registry, store.project, wanted_by))
+    views, on_demand = utils._get_feature_views_to_use(registry, store.project, wanted_by)
+    names: dict[str, Any] = {view.projection.name_to_use(): view for view in [*views, *on_demand]}
     fetch: dict[str, list[str]] = {}
     for ref in refs:
         name, feature = ref.split(":")
@@ -250,13 +251,13 @@ def _join_view(
     *,
     known_only: bool,
 ) -> tuple[pa.Table, ViewJoin]:
-    name, keys = view.projection.name_to_use(), _join_keys(view)
+    name, keys, batch = view.projection.name_to_use(), _join_keys(view), cast(Any, view.batch_source)
     ttl = view.ttl or None
     source, uri = _read_source(store, view, keys, wanted, _instant(times.min()) - (ttl or dt.timedelta()), times, ttl)
-    stamps = instants(source["__time"], view.batch_source.timestamp_field, naive_is_utc=True)
+    stamps = instants(source["__time"], batch.timestamp_field, naive_is_utc=True)
     created = None
     if "__created" in source.column_names:
-        created = instants(source["__created"], view.batch_source.created_timestamp_column, naive_is_utc=True)
+        created = instants(source["__created"], batch.created_timestamp_column, naive_is_utc=True)
     left, right = join_codes(
         [entities[key] for key in keys],
         [source[f"__key{i}"] for i in range(len(keys))],
@@ -398,9 +399,9 @@ def _all_missing(table: pa.Table, columns: list[str]) -> int:
     return int(np.logical_and.reduce([_missing(table[name]) for name in columns]).sum())
 
 
-def parquet_bytes(table: pa.Table) -> memoryview:
+def parquet_bytes(table: pa.Table) -> bytes:
     """``table`` as a Parquet file; equal tables give equal bytes with one version of Arrow."""
     sink = pa.BufferOutputStream()
     # Chunk borders depend on the source files and would show in the row groups' pages.
     pq.write_table(table.combine_chunks(), sink, row_group_size=ROW_GROUP, compression="zstd")
-    return memoryview(sink.getvalue())
+    return sink.getvalue().to_pybytes()

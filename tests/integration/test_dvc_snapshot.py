@@ -100,7 +100,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing_wrong_behind(data, 
     hook = DvcHook(remote_url=str(tmp_path / "remote"))
     with monkeypatch.context() as patch:
         patch.setattr(transfer, "transfer", after_a_change)
-        with pytest.raises(ConcurrentChangeError, match="planes.bin"):
+        with pytest.raises(ConcurrentChangeError, match=r"planes\.bin"):
             hook.snapshot(str(data))
     (data / "planes.bin").write_bytes(b"planes.bin" * 5000)
     hook.restore(hook.snapshot(str(data)).md5, str(tmp_path / "back"))
