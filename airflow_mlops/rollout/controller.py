@@ -253,7 +253,7 @@ async def prepare(route: Route, spec: RolloutSpec) -> tuple[Judge | None, dict[s
 
 async def _ready(route: Route) -> dict[str, Any]:
     """The route's state once its stable slot serves: after a deployment or a restart that takes a moment."""
-    return await route._until(
+    return await route.until(
         lambda state: bool(state["stable"]) and state["slots"][state["stable"]]["ready"], route.startup_timeout, "ready"
     )
 

@@ -193,7 +193,7 @@ class Route:
                 ],
             }
         )
-        return await self._until(lambda state: self._loaded(state, "a", version), self.startup_timeout, "deployed")
+        return await self.until(lambda state: self._loaded(state, "a", version), self.startup_timeout, "deployed")
 
     async def config(self) -> dict[str, dict[str, Any]] | None:
         """User configuration by deployment (``router``, ``slot_a``, ``slot_b``); ``None`` when not deployed."""
@@ -209,7 +209,7 @@ class Route:
         :raises InvalidInputError: the model cannot be loaded
         """
         await self._update({f"slot_{slot}": {"version": version, "uri": uri}})
-        return await self._until(lambda state: self._loaded(state, slot, version, uri), self.load_timeout, "loaded")
+        return await self.until(lambda state: self._loaded(state, slot, version, uri), self.load_timeout, "loaded")
 
     async def set_router(self, **changes: Any) -> dict[str, Any]:
         """Change the router's configuration, e.g. ``weight=10.0``; returns the state once the router has it."""
@@ -217,7 +217,7 @@ class Route:
         wanted = {key: value for key, value in changes.items() if key in ("stable", "canary", "versions")}
         if "weight" in changes:
             wanted["configured_weight"] = changes["weight"]
-        return await self._until(
+        return await self.until(
             lambda state: all(state.get(key) == value for key, value in wanted.items()), self.load_timeout, "changed"
         )
 
@@ -240,8 +240,8 @@ class Route:
             raise InvalidInputError(f"version {version} cannot be loaded from {held['uri']}: {held['error']}")
         return bool(held["ready"])
 
-    async def _until(self, reached: Any, timeout: float, what: str) -> dict[str, Any]:
-        """Poll the route until ``reached(state)``."""
+    async def until(self, reached: Any, timeout: float, what: str) -> dict[str, Any]:
+        """Poll the route until ``reached(state)``; returns that state."""
         loop = asyncio.get_running_loop()
         deadline, problem = loop.time() + timeout, "it never answered"
         while True:
