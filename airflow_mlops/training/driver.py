@@ -42,10 +42,6 @@ WORKER_START_TIMEOUT = 300.0
 ERROR_TAIL = 8_000
 
 
-class Stopped(BaseException):
-    """SIGTERM: end in an orderly way; committed checkpoints stay."""
-
-
 class Clusterless(Exception):
     """Ray could not be started or joined."""
 
@@ -72,7 +68,7 @@ def drive(spec: TrainingSpec) -> int:
     except ConcurrentChangeError as error:
         log.error("%s", error)
         return EXIT_REFUSED
-    except Stopped:
+    except KeyboardInterrupt:
         return EXIT_STOPPED
 
 
@@ -86,7 +82,7 @@ def _attempt(spec: TrainingSpec, meter: Meter) -> tuple[TrainingResult, int]:
         trained = _train(spec, meter, seconds)
         succeeded = replace(base, status="SUCCEEDED", **trained)
         return replace(succeeded, seconds=seconds), EXIT_OK
-    except Stopped:
+    except KeyboardInterrupt:
         log.warning("stopped; committed checkpoints are kept")
         return replace(base, exit_class="stopped", seconds=seconds), EXIT_STOPPED
     except BaseException as error:
@@ -112,6 +108,8 @@ def _train(spec: TrainingSpec, meter: Meter, seconds: dict[str, float]) -> dict[
             train_fn = measured(train_fn, meter.worker_dir)
     with _timed(seconds, "ray"):
         _start_ray(spec)
+        # Ray has put a handler of its own in place, which would make a stop look like a failure.
+        signal.signal(signal.SIGTERM, _raise_stopped)
     try:
         with _timed(seconds, "train"):
             meter.reserve()
@@ -163,8 +161,6 @@ def _start_ray(spec: TrainingSpec) -> None:
             ray.init(address=spec.ray_address)
             return
         ray.init(address="local", num_cpus=spec.num_cpus, include_dashboard=False)
-    except Stopped:
-        raise
     except Exception as error:
         where = "a local Ray cannot be started" if spec.ray_address is None else f"Ray at {spec.ray_address} is away"
         raise Clusterless(f"{where}: {type(error).__name__}: {error}") from error
@@ -247,7 +243,8 @@ def _worker_was_lost(failure: BaseException) -> bool:
 
 
 def _raise_stopped(*_: object) -> None:
-    raise Stopped
+    # Of all exceptions raised in a signal handler Ray lets only this one and SystemExit out of a blocking call.
+    raise KeyboardInterrupt
 
 
 @contextmanager
