@@ -53,8 +53,28 @@ def test_equals_the_loop_with_ties_ttl_edges_nulls_and_created(entities, sources
     )
     assert match.position.tolist() == loop(entities, sources, ttl, use_created, known_only)
     assert match.leaks == 0
-    if known_only:
+    if use_created and known_only:
         assert match.late == 0
+
+
+@pytest.mark.parametrize("known_only", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_the_loop_on_dense_tables(seed, known_only):
+    rng = np.random.default_rng(seed)
+    keys, times, created = rng.integers(0, 2, 60), rng.integers(0, 20, 60), rng.integers(0, 25, 60)
+    entity_keys, at = rng.integers(0, 2, 40), rng.integers(0, 25, 40)
+    match = match_asof(
+        entity_keys,
+        at * SECOND,
+        keys,
+        times * SECOND,
+        ttl=dt.timedelta(seconds=6),
+        created=created * SECOND,
+        known_only=known_only,
+    )
+    sources = list(zip(keys.tolist(), times.tolist(), created.tolist()))
+    entities = list(zip(entity_keys.tolist(), at.tolist()))
+    assert match.position.tolist() == loop(entities, sources, 6, True, known_only)
 
 
 def test_late_values_are_counted():
