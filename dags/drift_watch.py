@@ -103,7 +103,6 @@ with DAG(
         window_start=prepared["window_start"],
         window_end=prepared["window_end"],
         columns=month_set.output["features"],
-        label_column=LABEL,
         predictions_uri=score.output["predictions_uri"],
         on_stable="proceed",
         harm_policy={"alpha": 0.1, "epsilon": 0.02, "calibration_tolerance": 0.01, "excess_epsilon": 0.01},

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
-from json import loads
 from typing import Any
 
 import pandas as pd
 
 from airflow_mlops import storage
-from airflow_mlops.exceptions import DataError, ExternalSystemError
-from airflow_mlops.rollout.replay import frame_rows, replay, rollout_settled
+from airflow_mlops.exceptions import DataError
+from airflow_mlops.rollout.replay import frame_rows, replay, rollout_begun, rollout_settled
 from airflow_mlops.windows import parse_instant
 
 #: Rows in one call; every fifth row still travels alone, and those are the ones whose latency is judged.
-BATCH = 8
+BATCH = 25
+#: Calls under way at once; more would only make them wait for each other on a small machine.
+CONCURRENCY = 4
 
 
 def replay_holdout(
@@ -45,23 +43,13 @@ def replay_holdout(
     held_out = frame[frame["event_timestamp"] >= pd.Timestamp(parse_instant(holdout_start, "holdout_start"))]
     if held_out.empty:
         raise DataError(f"{month_set['uri']} has no rows from {holdout_start} on; there is nothing to replay")
-    _await_rollout(route_url, version, wait_seconds)
-    rows = frame_rows(held_out, month_set["features"], month_set["label"], prefix=f"{holdout_start[:7]}-v{version}-")
-    settled = rollout_settled(version)
-    return replay(route_url, rows, stop_when=settled, batch_size=BATCH, max_seconds=max_seconds).to_json()
-
-
-def _await_rollout(route_url: str, version: str, wait_seconds: float) -> None:
-    deadline = time.monotonic() + wait_seconds
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{route_url}/state", timeout=10) as answer:
-                rollout = loads(answer.read()).get("rollout") or {}
-            if str(rollout.get("version")) == str(version):
-                return
-        except (urllib.error.URLError, OSError, ValueError):
-            pass  # the route is not there yet
-        time.sleep(0.5)
-    raise ExternalSystemError(
-        f"no rollout of version {version} began at {route_url} within {wait_seconds:.0f} s; see the canary task"
-    )
+    return replay(
+        route_url,
+        frame_rows(held_out, month_set["features"], month_set["label"], prefix=f"{holdout_start[:7]}-v{version}-"),
+        start_when=rollout_begun(version),
+        stop_when=rollout_settled(version),
+        wait_seconds=wait_seconds,
+        max_seconds=max_seconds,
+        batch_size=BATCH,
+        concurrency=CONCURRENCY,
+    ).to_json()
