@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 export RAY_USAGE_STATS_ENABLED = 0
 export DO_NOT_TRACK = 1
+# Without bytecode every process compiles what it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo ui clean test test-fast lint format bench dist help
 
@@ -25,7 +27,6 @@ $(BIN)/uv:
 $(VENV)/.demo-installed: setup.cfg constraints.txt | $(BIN)/uv
 	@echo "Installing airflow-mlops with its demo (tested versions from constraints.txt)"
 	@$(UV) --editable '.[demo]'
-	@$(BIN)/python -m compileall -q -j 2 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') >/dev/null 2>&1 || true
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.demo-installed
