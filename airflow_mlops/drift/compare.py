@@ -279,7 +279,8 @@ def _with_status(column: ColumnDrift, adjusted: float, policy: DriftPolicy) -> C
     if status == "stable" and column.effect is not None:
         if column.effect >= policy.min_effect and adjusted <= policy.fdr:
             status = "calendar" if column.name in policy.calendar_columns else "drift"
-            reason = f"{column.method} {column.effect:.3f} (at least {policy.min_effect:g}), adjusted p {adjusted:.2g}"
+            p = "below 1e-16" if adjusted < 1e-16 else f"{adjusted:.2g}"
+            reason = f"{column.method} {column.effect:.3f} (at least {policy.min_effect:g}), adjusted p {p}"
         elif adjusted <= policy.fdr:
             reason = f"a real change, too small to matter: {column.effect:.3f} below {policy.min_effect:g}"
     return ColumnDrift(**{**asdict(column), "status": status, "reason": reason, "adjusted_p": adjusted})

@@ -30,9 +30,9 @@ svg{width:100%;height:auto;display:block}.grid{stroke:var(--rule)}.tick,.value{f
 .name{font-size:13px;font-weight:600}.dot{stroke:var(--card);stroke-width:1.5}
 .promoted{stroke:var(--good);stroke-dasharray:4 4;stroke-width:1.5}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:10px}
-table{border-collapse:collapse;width:100%;font-size:13.5px}th,td{padding:7px 9px;text-align:left;white-space:nowrap;
+table{border-collapse:collapse;width:100%;font-size:13.5px}th,td{padding:7px 8px;text-align:left;white-space:nowrap;
 border-bottom:1px solid var(--rule)}tr:last-child td{border-bottom:0}
-th{color:var(--muted);font-weight:600;font-size:13px}
+th{color:var(--muted);font-weight:600;font-size:13px;white-space:normal;vertical-align:bottom}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .chip{display:inline-block;padding:1px 9px;border-radius:99px;background:var(--chip);font-size:13px;font-weight:600}
 .good{color:var(--good)}.bad{color:var(--bad)}.warn{color:var(--warn)}
@@ -210,7 +210,7 @@ def _table(months: Sequence[MonthSummary]) -> str:
         ("gain", "n"),
     ]
     heads += [("AUC champion", "n"), ("frozen", "n"), ("late rate", "n"), ("gate", ""), ("canary", "")]
-    heads += [("CPU / GPU s", "n"), ("next", "")]
+    heads += [("CPU / GPU s", "n"), ("champion after", "")]
     rows = []
     for m in months:
         tone = "" if not m.gain else ("good" if m.gain > 0 else "bad")
