@@ -149,7 +149,7 @@ class FeastTrainingSetOperator(_FeastOperator):
     :param output_uri: of the Parquet file; its manifest is ``<output_uri>.manifest.json`` (templated)
     :param feature_service: name of the service whose features are joined (templated)
     :param features: instead of it, ``view:feature`` references (templated)
-    :param label: column with the label; rows without one are left out and counted (templated)
+    :param label_column: column with the label; rows without one are left out and counted (templated)
     :param window_start: first instant of the window, ISO 8601 (templated)
     :param window_end: first instant after it (templated)
     :param full_feature_names: columns are called ``view__feature``
@@ -178,7 +178,7 @@ class FeastTrainingSetOperator(_FeastOperator):
         output_uri: str,
         feature_service: str | None = None,
         features: Sequence[str] | None = None,
-        label: str | None = None,
+        label_column: str | None = None,
         window_start: str | None = None,
         window_end: str | None = None,
         full_feature_names: bool = False,
@@ -190,8 +190,7 @@ class FeastTrainingSetOperator(_FeastOperator):
         self.output_uri = output_uri
         self.feature_service = feature_service
         self.features = features
-        # The base class has a property of that name.
-        self.label_column = label
+        self.label_column = label_column  # Airflow owns the name label
         self.window_start = window_start
         self.window_end = window_end
         self.full_feature_names = full_feature_names

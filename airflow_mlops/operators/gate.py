@@ -61,7 +61,7 @@ class ModelScoreOperator(MlflowBaseOperator):
     :param models: name to model URI, ``{"champion": "models:/flights@champion", "frozen": "models:/flights/1"}``; an
         empty URI, or an alias of a model without versions, is a model that does not exist yet (templated)
     :param data_uri: Parquet with ``event_timestamp``, features and label (templated)
-    :param label: its column of 0 and 1; rows where it is missing are left out (templated)
+    :param label_column: its column of 0 and 1; rows where it is missing are left out (templated)
     :param predictions_uri: where to write ``event_timestamp``, ``label`` and a column for each model (templated)
     :param features: the models' inputs, where they have no signature (templated)
     :param optional: names of models whose alias may never have been set though the model has versions
@@ -93,7 +93,7 @@ class ModelScoreOperator(MlflowBaseOperator):
         *,
         models: Mapping[str, str | None],
         data_uri: str,
-        label: str,
+        label_column: str,
         predictions_uri: str,
         features: Sequence[str] | str | None = None,
         optional: Sequence[str] = (),
@@ -106,7 +106,7 @@ class ModelScoreOperator(MlflowBaseOperator):
         super().__init__(**kwargs)
         self.models = models
         self.data_uri = data_uri
-        self.label_column = label  # `label` itself is taken by Airflow
+        self.label_column = label_column  # Airflow owns the name label
         self.predictions_uri = predictions_uri
         self.features = features
         self.optional = optional
@@ -204,7 +204,7 @@ class ModelGateOperator(MlflowBaseOperator):
 
     :param challenger_uri: MLflow model folder or URI (templated)
     :param data_uri: Parquet with ``event_timestamp``, features and label (templated)
-    :param label: its column of 0 and 1; rows where it is missing are left out (templated)
+    :param label_column: its column of 0 and 1; rows where it is missing are left out (templated)
     :param report_dir: folder for the report, one for each run (templated)
     :param champion_uri: of the champion; empty for none (templated)
     :param model_name: registered model of the champion (templated)
@@ -246,7 +246,7 @@ class ModelGateOperator(MlflowBaseOperator):
         *,
         challenger_uri: str,
         data_uri: str,
-        label: str,
+        label_column: str,
         report_dir: str,
         champion_uri: str | None = None,
         model_name: str | None = None,
@@ -265,7 +265,7 @@ class ModelGateOperator(MlflowBaseOperator):
         super().__init__(**kwargs)
         self.challenger_uri = challenger_uri
         self.data_uri = data_uri
-        self.label_column = label  # `label` itself is taken by Airflow
+        self.label_column = label_column  # Airflow owns the name label
         self.report_dir = report_dir
         self.champion_uri = champion_uri
         self.model_name = model_name

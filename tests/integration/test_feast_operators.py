@@ -94,7 +94,7 @@ def training_set(repository, name="set.parquet", **changes):
         "feature_service": "everything",
         "entity_uri": str(root / "entities"),
         "output_uri": str(root / "sets" / name),
-        "label": "late",
+        "label_column": "late",
         "window_start": "2024-01-01",
         "window_end": "2024-03-01",
     }
@@ -201,7 +201,7 @@ def test_a_view_left_in_materialization_can_still_be_joined(repository):
         ({"feature_service": None, "features": ["weather:x"]}, "feature of view 'weather'.*temp"),
         ({"feature_service": None}, "either feature_service or features"),
         ({"window_start": "2030-01-01", "window_end": "2030-02-01"}, "no entity row"),
-        ({"label": "nope"}, "lack the columns \\['nope'\\]"),
+        ({"label_column": "nope"}, "lack the columns \\['nope'\\]"),
         ({"repo_path": "/nowhere"}, "no feature_store.yaml"),
     ],
 )

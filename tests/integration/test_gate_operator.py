@@ -21,7 +21,7 @@ def gate(mlflow_uri, mlflow_models, task_context, tmp_path):
             "challenger_uri": mlflow_models.good,
             "champion_uri": mlflow_models.poor,
             "data_uri": mlflow_models.data,
-            "label": "late",
+            "label_column": "late",
             "report_dir": str(tmp_path / "gate"),
             "measure_latency": False,
             "tracking_uri": mlflow_uri,
@@ -109,7 +109,7 @@ class TestGate:
             ({"challenger_uri": "None"}, "training left no model"),
             ({"challenger_uri": "/nowhere"}, "no model folder"),
             ({"data_uri": "/nowhere.parquet"}, "no data at /nowhere.parquet"),
-            ({"label": "delay"}, r"lacks \['delay'\]"),
+            ({"label_column": "delay"}, r"lacks \['delay'\]"),
             ({"slice_columns": "['carrier']"}, r"slice columns \['carrier'\]"),
             ({"cluster": "week"}, "cluster column 'week'"),
             ({"policy": {"alpha": 2}}, "alpha is 2"),
@@ -135,7 +135,7 @@ class TestScore:
             arguments = {
                 "models": models,
                 "data_uri": mlflow_models.data,
-                "label": "late",
+                "label_column": "late",
                 "predictions_uri": str(tmp_path / "predictions.parquet"),
                 "tracking_uri": mlflow_uri,
             } | changes
