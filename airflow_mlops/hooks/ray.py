@@ -1,4 +1,4 @@
-"""Ray's Jobs REST API, without importing Ray."""
+"""A Ray cluster's connection and its Jobs REST API, without importing Ray."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from airflow.sdk import BaseHook
+from airflow.sdk.exceptions import AirflowNotFoundException
 
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError
 from airflow_mlops.training.decide import ACTIVE, Observation
@@ -16,20 +18,23 @@ if TYPE_CHECKING:
     from airflow.sdk import Connection
 
 LOG_TAIL = 200
+DASHBOARD_PORT = 8265
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a Ray dashboard answers, and how to be let in.
+    """Where a Ray cluster answers, and how to be let in.
 
-    :param address: ``http://host:port``
+    :param address: of the dashboard, ``http://host:port``
     :param token: of the cluster's token authentication, None without
     :param verify: whether, or with which CA file, to check the server's certificate
+    :param serve_url: of Serve's HTTP proxy
     """
 
     address: str
-    token: str | None = field(default=None, repr=False)
-    verify: bool | str = True
+    token: str | None = field(repr=False)
+    verify: bool | str
+    serve_url: str
 
     @property
     def headers(self) -> dict[str, str]:
@@ -38,35 +43,69 @@ class Endpoint:
             return {}
         return {"Authorization": f"Bearer {self.token}", "X-Ray-Authorization": f"Bearer {self.token}"}
 
+    @property
+    def ssl(self) -> Any:
+        """``verify`` in the form that aiohttp takes."""
+        if isinstance(self.verify, str):
+            import ssl
+
+            return ssl.create_default_context(cafile=self.verify)
+        return self.verify
+
 
 def endpoint_of(connection: Connection) -> Endpoint:
-    """The endpoint that a ``ray`` connection describes.
+    """The endpoint that a ``ray`` connection describes: an address as it is given, or a host name and the usual port.
 
-    :raises InvalidInputError: it has no host
+    :raises InvalidInputError: its host is missing, or not one that HTTP reaches
     """
-    host = (connection.host or "").rstrip("/")
+    host = (connection.host or "").strip()
+    fix = "give the Ray dashboard's address, for example http://127.0.0.1:8265"
     if not host:
+        raise InvalidInputError(f"connection {connection.conn_id!r} has no host; {fix}")
+    named = "://" not in host
+    url = urlsplit(f"{connection.schema or 'http'}://{host}" if named else host)
+    try:
+        port = url.port or connection.port or (DASHBOARD_PORT if named else None)
+    except ValueError:
+        port = 0
+    if not url.hostname or url.scheme not in ("http", "https") or port == 0:
         raise InvalidInputError(
-            f"connection {connection.conn_id!r} has no host; give the Ray dashboard's address, for example "
-            "http://127.0.0.1:8265"
+            f"the host of connection {connection.conn_id!r} is {connection.host!r}, expected http://host:port; {fix}"
         )
-    if "://" not in host:
-        host = f"{connection.schema or 'http'}://{host}"
-    if connection.port and not host.rsplit(":", 1)[-1].isdigit():
-        host = f"{host}:{connection.port}"
-    return Endpoint(host, connection.password or None, connection.extra_dejson.get("verify", True))
+    name = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
+    extra = connection.extra_dejson
+    return Endpoint(
+        f"{url.scheme}://{name}{f':{port}' if port else ''}{url.path.rstrip('/')}",
+        connection.password or None,
+        _verify(extra.get("verify")),
+        extra.get("serve_url") or f"http://{name}:8000",
+    )
 
 
-class RayJobsHook(BaseHook):
-    """Submits, follows and stops jobs on a Ray cluster.
+def _local_endpoint(name: str, address: str) -> Endpoint:
+    from airflow.sdk import Connection
+
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    return endpoint_of(Connection(conn_id=name, conn_type="ray", host=address, password=token))
+
+
+def _verify(value: Any) -> bool | str:
+    # The connection form gives text, and an empty one must not switch the check off.
+    text = "" if value is None else str(value).strip()
+    return {"": True, "true": True, "false": False}.get(text.lower(), text)
+
+
+class RayHook(BaseHook):
+    """What every hook of a Ray cluster shares: its connection.
 
     Connection: ``host`` is the dashboard's address with scheme and port, ``password`` the cluster's token, extra
-    ``verify`` (true, false or a CA file) how its certificate is checked.
+    ``verify`` (true, false or a CA file) how its certificate is checked, extra ``serve_url`` the address of Serve's
+    HTTP proxy. Where the default connection does not exist, a Ray on this machine is meant, with the token from
+    ``RAY_AUTH_TOKEN`` of the environment.
 
     :param ray_conn_id: connection of type ``ray``
     :param address: dashboard address to use instead of a connection; its token is then ``RAY_AUTH_TOKEN`` of the
         environment
-    :param timeout: seconds that one request may take
     """
 
     conn_name_attr = "ray_conn_id"
@@ -74,18 +113,22 @@ class RayJobsHook(BaseHook):
     conn_type = "ray"
     hook_name = "Ray cluster"
 
-    def __init__(
-        self, ray_conn_id: str = default_conn_name, address: str | None = None, timeout: float = 30.0, **kwargs: Any
-    ) -> None:
+    def __init__(self, ray_conn_id: str = default_conn_name, address: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.ray_conn_id, self.address, self.timeout = ray_conn_id, address, timeout
+        self.ray_conn_id, self.address = ray_conn_id, address
         self._endpoint: Endpoint | None = None
 
     @property
     def endpoint(self) -> Endpoint:
-        """Address and token, looked up once."""
+        """Addresses and token, looked up once.
+
+        :raises InvalidInputError: the connection does not exist, or describes no cluster
+        """
         if self._endpoint is None:
-            self._endpoint = self._given() or endpoint_of(self.get_connection(self.ray_conn_id))
+            try:
+                self._endpoint = self._given() or endpoint_of(self.get_connection(self.ray_conn_id))
+            except AirflowNotFoundException:
+                self._endpoint = self._without_connection()
         return self._endpoint
 
     async def aendpoint(self) -> Endpoint:
@@ -93,11 +136,41 @@ class RayJobsHook(BaseHook):
         if self._endpoint is None:
             from airflow.providers.common.compat.connection import get_async_connection
 
-            self._endpoint = self._given() or endpoint_of(await get_async_connection(self.ray_conn_id))
+            try:
+                self._endpoint = self._given() or endpoint_of(await get_async_connection(self.ray_conn_id))
+            except AirflowNotFoundException:
+                self._endpoint = self._without_connection()
         return self._endpoint
 
     def _given(self) -> Endpoint | None:
-        return Endpoint(self.address.rstrip("/"), os.environ.get("RAY_AUTH_TOKEN")) if self.address else None
+        return _local_endpoint("ray_address", self.address) if self.address else None
+
+    def _without_connection(self) -> Endpoint:
+        if self.ray_conn_id != self.default_conn_name:
+            raise InvalidInputError(
+                f"the connection {self.ray_conn_id!r} does not exist; create one of type ray with the dashboard's "
+                "address as host and its token as password"
+            )
+        return _local_endpoint(self.ray_conn_id, "127.0.0.1")
+
+
+class RayJobsHook(RayHook):
+    """Submits, follows and stops jobs on a Ray cluster; see :class:`RayHook` for the connection.
+
+    :param ray_conn_id: connection of type ``ray``
+    :param address: dashboard address to use instead of a connection
+    :param timeout: seconds that one request may take
+    """
+
+    def __init__(
+        self,
+        ray_conn_id: str = RayHook.default_conn_name,
+        address: str | None = None,
+        timeout: float = 30.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(ray_conn_id, address, **kwargs)
+        self.timeout = timeout
 
     def submit(
         self,
@@ -148,12 +221,12 @@ class RayJobsHook(BaseHook):
     def logs(self, submission_id: str) -> str:
         """All that the job's driver has written; empty if the cluster does not know it."""
         code, text = self.request("GET", f"/api/jobs/{submission_id}/logs", allow=(404,))
-        return "" if code == 404 else str(json.loads(text).get("logs") or "")
+        return "" if code == 404 else str(_decoded(text).get("logs") or "")
 
     def test_connection(self) -> tuple[bool, str]:
         """Whether a Ray dashboard answers there and accepts the token."""
         try:
-            version = json.loads(self.request("GET", "/api/version")[1])
+            version = _decoded(self.request("GET", "/api/version")[1])
         except Exception as error:
             return False, str(error)
         return True, f"Ray {version.get('ray_version', 'of unknown version')} at {self.endpoint.address}"
@@ -189,18 +262,10 @@ class RayJobsHook(BaseHook):
         timeout = aiohttp.ClientTimeout(total=self.timeout)
         try:
             async with aiohttp.ClientSession(headers=endpoint.headers, timeout=timeout) as session:
-                async with session.request(method, endpoint.address + path, json=body, ssl=_ssl(endpoint)) as answer:
+                async with session.request(method, endpoint.address + path, json=body, ssl=endpoint.ssl) as answer:
                     return _checked(endpoint, answer.status, await answer.text(), allow)
         except (TimeoutError, aiohttp.ClientError) as error:
             raise _away(endpoint, error) from error
-
-
-def _ssl(endpoint: Endpoint) -> Any:
-    if isinstance(endpoint.verify, str):
-        import ssl
-
-        return ssl.create_default_context(cafile=endpoint.verify)
-    return endpoint.verify
 
 
 def _away(endpoint: Endpoint, error: BaseException) -> ExternalSystemError:
@@ -224,12 +289,21 @@ def _checked(endpoint: Endpoint, code: int, text: str, allow: tuple[int, ...]) -
     raise ExternalSystemError(f"Ray at {endpoint.address} answered HTTP {code}: {text[-2000:]}")
 
 
+def _decoded(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ExternalSystemError(
+            f"what answers is no Ray dashboard but perhaps a proxy's page; check the connection's host: {text[:200]!r}"
+        ) from error
+
+
 def _observation(submission_id: str, code: int, text: str) -> Observation:
     if code == 404:
         if "does not exist" not in text:
             raise ExternalSystemError(f"no Ray dashboard answers at this address: HTTP 404 {text[:200]}")
         return Observation("LOST", message=f"The cluster does not know job {submission_id}.")
-    job = json.loads(text)
+    job = _decoded(text)
     status = str(job.get("status"))
     message = "" if status in ACTIVE else str(job.get("message") or "")[-2000:]
     return Observation(status, job.get("driver_exit_code"), message)

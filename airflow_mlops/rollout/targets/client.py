@@ -35,20 +35,28 @@ class RayServeClient:
         running yet
     :param token: token of a Ray cluster with token authentication
     :param timeout: seconds for one call
+    :param ssl: how certificates are checked, as aiohttp takes it: True, False or an ``ssl.SSLContext``
     """
 
-    def __init__(self, dashboard_url: str, serve_url: str, token: str | None = None, timeout: float = 15.0) -> None:
+    def __init__(
+        self, dashboard_url: str, serve_url: str, token: str | None = None, timeout: float = 15.0, ssl: Any = True
+    ) -> None:
         self.dashboard_url = dashboard_url.rstrip("/")
         self.serve_url = serve_url.rstrip("/")
         self.token = token
         self._timeout = timeout
+        self._ssl = ssl
         self._session: Any = None
 
     async def __aenter__(self) -> RayServeClient:
         import aiohttp
 
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        self._session = aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=self._timeout))
+        # The second one passes proxies that take the first for themselves.
+        names = ("Authorization", "X-Ray-Authorization") if self.token else ()
+        headers = {name: f"Bearer {self.token}" for name in names}
+        timeout = aiohttp.ClientTimeout(total=self._timeout)
+        connector = aiohttp.TCPConnector(ssl=self._ssl)
+        self._session = aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector)
         return self
 
     async def __aexit__(self, *_: object) -> None:

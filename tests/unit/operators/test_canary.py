@@ -87,7 +87,7 @@ def test_what_becomes_of_a_verdict():
     [
         ({"host": "http://ray:8265"}, "http://ray:8265", "http://ray:8000"),
         ({"host": "ray", "port": 8300}, "http://ray:8300", "http://ray:8000"),
-        ({"host": "https://ray"}, "https://ray:8265", "http://ray:8000"),
+        ({"host": "https://ray"}, "https://ray", "http://ray:8000"),
         ({"host": "ray", "extra": {"serve_url": "http://serve:80"}}, "http://ray:8265", "http://serve:80"),
     ],
 )
@@ -108,5 +108,5 @@ def test_without_a_connection_a_ray_on_this_machine_is_meant(monkeypatch):
 
 def test_a_connection_of_another_kind_is_refused(monkeypatch):
     monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps({"conn_type": "ray", "host": "ray://head:10001"}))
-    with pytest.raises(InvalidInputError, match="expected http"):
+    with pytest.raises(InvalidInputError, match="expected http://host:port"):
         RayServeHook().get_conn()

@@ -16,6 +16,7 @@ from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from airflow_mlops import storage
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, TrainingError
 from airflow_mlops.hooks.ray import RayJobsHook
+from airflow_mlops.hooks.ray_serve import RayServeHook
 from airflow_mlops.links import RAY_ATTEMPT, MlflowRunLink, RayDashboardLink, ReportLink
 from airflow_mlops.operators.ray import RayTrainOperator
 from airflow_mlops.training.result import TrainingResult, write_result
@@ -422,11 +423,51 @@ def test_connection_test(ray):
         ({"host": "ray", "port": 8265}, "http://ray:8265"),
         ({"host": "ray", "port": 443, "schema": "https"}, "https://ray:443"),
         ({"host": "https://proxy/namespaces/x/"}, "https://proxy/namespaces/x"),
+        ({"host": "https://proxy:8443/x", "port": 8443}, "https://proxy:8443/x"),
+        ({"host": "ray"}, "http://ray:8265"),
+        ({"host": "http://[::1]:8265"}, "http://[::1]:8265"),
+        ({"host": "https://user:secret@ray"}, "https://ray"),
     ],
 )
-def test_address_of_a_connection(monkeypatch, connection, address):
+def test_address_of_a_connection_is_the_same_for_jobs_and_for_serve(monkeypatch, connection, address):
     monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps({"conn_type": "ray", **connection}))
     assert RayJobsHook().endpoint.address == address
+    assert asyncio.run(RayJobsHook().aendpoint()).address == address
+    assert RayServeHook().get_conn().dashboard_url == address
+
+
+@pytest.mark.parametrize("host", ["ray://head:10001", "http://", "http://ray:port"])
+def test_address_that_is_none_names_the_fix(monkeypatch, host):
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps({"conn_type": "ray", "host": host}))
+    for ask in (lambda: RayJobsHook().endpoint, RayServeHook().get_conn):
+        with pytest.raises(InvalidInputError, match="expected http://host:port"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("value", "verify"), [(None, True), ("", True), ("true", True), (False, False), ("False", False), ("/ca", "/ca")]
+)
+def test_certificates_are_checked_unless_it_says_false(monkeypatch, value, verify):
+    """The connection form gives text: an empty field must not be taken for "do not check"."""
+    connection = {"conn_type": "ray", "host": "https://ray", "extra": {"verify": value}}
+    monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(connection))
+    assert RayJobsHook().endpoint.verify == verify
+
+
+def test_connection_that_does_not_exist(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "local token")
+    for endpoint in (RayJobsHook().endpoint, asyncio.run(RayJobsHook().aendpoint())):
+        assert (endpoint.address, endpoint.token) == ("http://127.0.0.1:8265", "local token")
+    with pytest.raises(InvalidInputError, match="'nowhere' does not exist; create one of type ray"):
+        _ = RayJobsHook("nowhere").endpoint
+    with pytest.raises(InvalidInputError, match="'nowhere' does not exist"):
+        asyncio.run(RayJobsHook("nowhere").aendpoint())
+
+
+def test_page_of_a_proxy_is_not_taken_for_ray(ray):
+    ray.jobs["j"] = "<html>please log in</html>"
+    with pytest.raises(ExternalSystemError, match="no Ray dashboard but perhaps a proxy's page"):
+        RayJobsHook().observe("j")
 
 
 def test_connection_without_host(monkeypatch):
