@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from airflow_mlops.drift import distances
+from airflow_mlops.drift.limits import check_ranges, known_fields
 from airflow_mlops.drift.profile import Column, Profile
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
@@ -48,13 +49,10 @@ class DriftPolicy:
 
         :raises InvalidInputError: an unknown field, or a value out of range
         """
-        unknown = set(value) - {field.name for field in fields(cls)}
-        if unknown:
-            known = ", ".join(field.name for field in fields(cls))
-            raise InvalidInputError(
-                f"unknown field(s) of a drift policy: {', '.join(sorted(unknown))}; there are {known}"
-            )
-        policy = cls(**{**value, "calendar_columns": tuple(value.get("calendar_columns", ()))})
+        given = known_fields(cls, "drift policy", value)
+        if isinstance(given.get("calendar_columns"), str):
+            raise InvalidInputError(f"calendar_columns is the text {given['calendar_columns']!r}; expected a list")
+        policy = cls(**{**given, "calendar_columns": tuple(given.get("calendar_columns", ()))})
         policy.check()
         return policy
 
@@ -64,17 +62,17 @@ class DriftPolicy:
 
     def check(self) -> None:
         """Raise :class:`InvalidInputError` when a value is out of range."""
-        for name, low, high in (
-            ("min_effect", 0.0, math.inf),
-            ("fdr", 1e-12, 0.5),
-            ("min_rows", 2, math.inf),
-            ("max_missing_rise", 0.0, 1.0),
-            ("max_unseen", 0.0, 1.0),
-            ("min_columns", 1, math.inf),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise InvalidInputError(f"drift policy: {name} is {value!r}; expected a number from {low} to {high}")
+        check_ranges(self, "drift policy", _RANGES)
+
+
+_RANGES = {
+    "min_effect": (0.0, math.inf),
+    "fdr": (1e-12, 0.5),
+    "min_rows": (2, math.inf),
+    "max_missing_rise": (0.0, 1.0),
+    "max_unseen": (0.0, 1.0),
+    "min_columns": (1, math.inf),
+}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from airflow_mlops.drift.histogram import Histogram, edges
 from airflow_mlops.drift.profile import Column
 
 _PSI_FLOOR = 1e-4
+# Cochran's rule for the chi-squared approximation.
+_MIN_EXPECTED = 5
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def categorical(reference: Column, current: Column) -> Distance:
     """The Jensen-Shannon distance and the two-sample chi-squared test, from two sets of counts.
 
     The reference is a sample too, so the test has a cell for each side; categories too rare for the chi-squared
-    approximation (fewer than 5 expected on the smaller side) are pooled. The divergence expected without drift is
-    that of splitting each category's values over the two sides at random.
+    approximation (fewer than 5 expected on the smaller side) are pooled; a pool that is still too rare is judged against
+    the rest by Fisher's exact test, and the two p-values combined after Bonferroni. The divergence expected without
+    drift is that of splitting each category's values over the two sides at random.
     """
     a, b, unseen = _cells(reference.categories, current.categories)
     n, m = a.sum(), b.sum()
@@ -189,11 +192,20 @@ def _js_noise(totals: np.ndarray, n: int, m: int) -> float:
 
 def _chi2(a: np.ndarray, b: np.ndarray) -> float:
     """The p-value that both sets of counts come from one distribution."""
+    smaller = min(a.sum(), b.sum()) / (a.sum() + b.sum())
+    rare = (a + b) * smaller < _MIN_EXPECTED
+    if not rare.any():
+        return _pearson(a, b)
+    pool = np.array([a[rare].sum(), b[rare].sum()])
+    a, b = a[~rare], b[~rare]
+    if pool.sum() * smaller >= _MIN_EXPECTED:
+        return _pearson(np.r_[a, pool[0]], np.r_[b, pool[1]])
+    exact = float(stats.fisher_exact([[pool[0], a.sum()], [pool[1], b.sum()]]).pvalue)
+    return min(2 * min(exact, _pearson(a, b)), 1.0) if len(a) > 1 else exact
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> float:
     totals = a + b
-    rare = totals * min(a.sum(), b.sum()) / totals.sum() < 5
-    if rare.any():
-        a, b = np.r_[a[~rare], a[rare].sum()], np.r_[b[~rare], b[rare].sum()]
-        totals = a + b
     if len(totals) < 2:
         return 1.0
     share = a.sum() / totals.sum()

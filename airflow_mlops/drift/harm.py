@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from airflow_mlops.drift.limits import check_ranges, known_fields
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
 VERSION = 1
@@ -138,13 +139,7 @@ class HarmPolicy:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> HarmPolicy:
         """A policy from a mapping of its fields; :class:`InvalidInputError` for an unknown one or one out of range."""
-        unknown = set(value) - {field.name for field in fields(cls)}
-        if unknown:
-            known = ", ".join(field.name for field in fields(cls))
-            raise InvalidInputError(
-                f"unknown field(s) of a harm policy: {', '.join(sorted(unknown))}; there are {known}"
-            )
-        policy = cls(**value)
+        policy = cls(**known_fields(cls, "harm policy", value))
         policy.check()
         return policy
 
@@ -154,18 +149,18 @@ class HarmPolicy:
 
     def check(self) -> None:
         """Raise :class:`InvalidInputError` when a value is out of range."""
-        for name, low, high in (
-            ("alpha", 1e-12, 0.5),
-            ("epsilon", 0.0, math.inf),
-            ("calibration_tolerance", 0.0, 1.0),
-            ("excess_epsilon", 0.0, math.inf),
-            ("min_rows", 2, math.inf),
-            ("min_clusters", 2, math.inf),
-            ("min_labelled", 0.0, 1.0),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise InvalidInputError(f"harm policy: {name} is {value!r}; expected a number from {low} to {high}")
+        check_ranges(self, "harm policy", _RANGES)
+
+
+_RANGES = {
+    "alpha": (1e-12, 0.5),
+    "epsilon": (0.0, math.inf),
+    "calibration_tolerance": (0.0, 1.0),
+    "excess_epsilon": (0.0, math.inf),
+    "min_rows": (2, math.inf),
+    "min_clusters": (2, math.inf),
+    "min_labelled": (0.0, 1.0),
+}
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,17 @@ def test_extreme_values_give_finite_answers():
 
 
 @pytest.mark.parametrize(
-    "value", [{"min_effect": -1}, {"fdr": 0}, {"fdr": "0.1"}, {"min_rows": 1}, {"min_columns": 0}, {"tolerance": 1}]
+    "value",
+    [
+        {"min_effect": -1},
+        {"fdr": 0},
+        {"fdr": "0.9"},
+        {"fdr": "low"},
+        {"fdr": True},
+        {"min_rows": 1},
+        {"min_columns": 0},
+        {"tolerance": 1},
+    ],
 )
 def test_a_policy_out_of_range_is_refused(value):
     with pytest.raises(InvalidInputError, match="drift policy"):
@@ -241,6 +251,13 @@ def test_a_policy_out_of_range_is_refused(value):
 def test_a_policy_survives_json():
     policy = DriftPolicy(min_effect=0.2, calendar_columns=("a", "b"))
     assert DriftPolicy.from_json(json.loads(json.dumps(policy.to_json()))) == policy
+
+
+def test_numbers_of_a_policy_may_be_text_as_templates_render_them():
+    given = DriftPolicy.from_json({"fdr": "0.05", "min_rows": "600", "calendar_columns": ["1"]})
+    assert given == DriftPolicy(fdr=0.05, min_rows=600, calendar_columns=("1",))
+    with pytest.raises(InvalidInputError, match="calendar_columns is the text"):
+        DriftPolicy.from_json({"calendar_columns": "hour"})
 
 
 def test_the_noise_of_small_samples_is_taken_off_the_wasserstein_distance(rng):
@@ -257,3 +274,18 @@ def test_the_chi_squared_test_is_honest_with_rare_categories(rng):
         frames = [pd.DataFrame({"c": rng.choice(400, n, p=weights).astype(str)}) for n in (3_000, 600)]
         p.append(column(judge(*frames), "c").p_value)
     assert np.mean(np.array(p) < 0.05) <= 0.12 and 0.3 < np.mean(p) < 0.7
+
+
+@pytest.mark.parametrize("shares", [[0.9999, 0.0001], [0.6, 0.3999, 0.0001]])
+def test_a_category_too_rare_to_approximate_is_judged_exactly(rng, shares):
+    """A small window beside a large reference: one value of a rare category is no discovery, a tenth of them is."""
+    names = np.array(["a", "b", "c"][: len(shares) - 1] + ["rare"])
+    reference = Profile.of(pd.DataFrame({"c": rng.choice(names, 50_000, p=shares)}))
+
+    def p_value(values):
+        return column(compare(reference, Profile.of(pd.DataFrame({"c": values}))), "c").p_value
+
+    p = np.array([p_value(rng.choice(names, 600, p=shares)) for _ in range(200)])
+    assert np.mean(p <= 0.01) <= 0.01 + 3 * np.sqrt(0.01 * 0.99 / 200)
+    common = rng.choice(names[:-1], 540, p=np.array(shares[:-1]) / sum(shares[:-1]))
+    assert p_value(np.r_[common, np.full(60, "rare")]) < 1e-10

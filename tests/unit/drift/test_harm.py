@@ -176,6 +176,10 @@ def test_a_policy_out_of_range_is_refused(value):
         HarmPolicy.from_json(value)
 
 
+def test_numbers_of_a_policy_may_be_text_as_templates_render_them():
+    assert HarmPolicy.from_json({"alpha": "0.1", "min_rows": "50"}) == HarmPolicy(alpha=0.1, min_rows=50)
+
+
 def test_few_days_are_judged_by_students_t(rng):
     reference = LossReference.of(*flights(rng, 60))
     report = assess_harm(reference, *flights(rng, 5), HarmPolicy(calibration_tolerance=0.0))
