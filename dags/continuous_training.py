@@ -267,6 +267,7 @@ with DAG(
             },
             storage_path=f"{ROOT}/runs",
             run_key=RUN_KEY,
+            poll_interval=1,
             deferrable=True,
             doc_md="Distributed XGBoost on Ray; goes on from its last checkpoint whatever dies in between.",
         )
