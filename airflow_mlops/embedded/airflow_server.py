@@ -6,19 +6,22 @@ so that its tasks are taken up at once, and forks API server, Dag processor, tri
 runs its own command of the ``airflow`` program. When one ends, all end, and the status file says which.
 
 Triggerer and scheduler start when the API server answers: tasks report through it, and those that an earlier
-server left queued would fail for want of it.
+server left queued would fail for want of it. Until then this process imports the libraries of the tasks, once for
+all of them: LocalExecutor forks a process for each task from the scheduler's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import signal
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -32,6 +35,17 @@ _WHEN_API_ANSWERS = ("triggerer", "scheduler")
 # The names under which the health endpoint reports, against the names of the commands.
 _HEALTH_KEYS = ("metadatabase", "scheduler", "triggerer", "dag_processor")
 _STATUS_FILE = "airflow-status.json"
+# What the provider's tasks import, seconds each time. Ray is not among them: it starts threads, which a fork loses.
+_LIBRARIES_OF_TASKS = (
+    "pandas",
+    "xgboost",
+    "mlflow.pyfunc",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "feast.repo_operations",
+    "evidently.presets",
+    "matplotlib.figure",
+    "dvc.repo",
+)
 
 
 def settings(
@@ -113,7 +127,7 @@ class AirflowServer:
             return False
         return all((report.get(key) or {}).get("status") == "healthy" for key in _HEALTH_KEYS)
 
-    def wait_healthy(self, timeout: float = 120.0) -> None:
+    def wait_healthy(self, timeout: float = 240.0) -> None:
         """:raises ServiceDiedError: a part ended, or ``timeout`` seconds passed"""
         try:
             self.service.wait_healthy(self.healthy, timeout=timeout, interval=0.2)
@@ -169,6 +183,21 @@ def _api_answers(url: str) -> bool:
             return response.status == 200
     except OSError:
         return False
+
+
+def _import_for_tasks(stop: Callable[[], bool]) -> None:
+    """Import what tasks will need; what is not installed is theirs to miss.
+
+    :param stop: asked between two libraries
+    """
+    for name in _LIBRARIES_OF_TASKS:
+        if stop():
+            return
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    # Collecting garbage writes to every object, and the children would no longer share them.
+    gc.collect()
+    gc.freeze()
 
 
 def _fork(component: str, log: Path) -> int:
@@ -241,6 +270,7 @@ def main() -> int:
         parts.update({_fork(component, logs / f"airflow-{component}.log"): component for component in components})
 
     fork(_FIRST)
+    _import_for_tasks(lambda: stop)
     complete = False
     dead: tuple[str, int] | None = None
     while not stop and dead is None:
