@@ -24,6 +24,7 @@ from airflow.sdk import DAG, Param, TaskGroup, TriggerRule, get_current_context,
 from airflow.sdk.configuration import conf
 from airflow.timetables.interval import CronDataIntervalTimetable
 
+from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.operators.canary import CanaryPromoteOperator
 from airflow_mlops.operators.dvc import DvcSnapshotOperator
 from airflow_mlops.operators.feast import FeastApplyOperator, FeastMaterializeOperator, FeastTrainingSetOperator
@@ -115,19 +116,23 @@ with DAG(
     @task(doc_md="Resolves the month and every parameter once, and refuses a month whose turn it is not.")
     def plan(**context: Any) -> dict[str, Any]:
         from airflow_mlops.examples.flights import ledger
+        from airflow_mlops.examples.flights.months import month_of, months_between
         from airflow_mlops.hooks.mlflow import MlflowHook
         from airflow_mlops.windows import parse_instant, resolve_window
 
         params = context["params"]
         with permanent_errors_fail():
             window = resolve_window(context, params["window_start"], params["window_end"])
-            month = ledger.month_of(window)
+            month = month_of(window)
+            history = parse_instant(params["history_start"], "history_start")
+            months = months_between(f"{history:%Y-%m}", month)
+            if not months:
+                raise InvalidInputError(f"history_start is {history:%Y-%m-%d}, after {month}; let it start before")
             hook = MlflowHook()
-            serving = hook.version_by_alias(MODEL, "champion")
+            # A first month that was stopped before its promotion leaves a version and no champion.
+            serving = hook.version_by_alias(MODEL, "champion", missing_ok=not ledger.finished_months(ROOT))
             champion = ledger.begin(ROOT, month, str(serving.version) if serving else None)
             frozen = hook.version_by_alias(MODEL, "frozen", missing_ok=True) if serving else None
-            history = parse_instant(params["history_start"], "history_start")
-            months = ledger.months_between(f"{history:%Y-%m}", month)
             latest = months[-params["training_months"] :] if params["training_months"] else months
         return {
             "month": month,
@@ -173,7 +178,8 @@ with DAG(
             from airflow_mlops.examples.flights import features
 
             with permanent_errors_fail():
-                return [features.build(ROOT, month) for month in planned["months"]][-1]
+                months = planned["months"]
+                return [features.build(ROOT, month, first_month=months[0]) for month in months][-1]
 
         landed = land(planned)
         built = build_features(planned)

@@ -53,15 +53,16 @@ with DAG(
 
     @task(doc_md="Lands the month and builds its feature tables; doing it again changes nothing.")
     def prepare(**context: Any) -> dict[str, Any]:
-        from airflow_mlops.examples.flights import features, ledger, quality, source
+        from airflow_mlops.examples.flights import features, quality, source
+        from airflow_mlops.examples.flights.months import month_of, months_before
         from airflow_mlops.hooks.mlflow import MlflowHook
         from airflow_mlops.windows import resolve_window
 
         with permanent_errors_fail():
             window = resolve_window(context, context["params"]["window_start"], context["params"]["window_end"])
-            month = ledger.month_of(window)
+            month = month_of(window)
             # Rolling delays reach back a month or two.
-            for landed in [*source.months_before(month, 2), month]:
+            for landed in [*months_before(month, 2, source.FIRST_MONTH), month]:
                 source.land(ROOT, landed)
             quality.check(ROOT, month)
             features.build(ROOT, month)
@@ -69,6 +70,7 @@ with DAG(
         return {
             "window_start": window.start.isoformat(),
             "window_end": window.end.isoformat(),
+            "champion": str(champion.version) if champion else "",
             "champion_uri": f"models:/{MODEL}/{champion.version}" if champion else "",
             "set_uri": f"{ROOT}/sets/{month}/check.parquet",
             "predictions_uri": f"{WATCHED}/predictions/{month}.parquet",
@@ -100,6 +102,7 @@ with DAG(
         task_id="check",
         current_uri=month_set.output["uri"],
         model_name=MODEL,
+        model_version=prepared["champion"],
         window_start=prepared["window_start"],
         window_end=prepared["window_end"],
         columns=month_set.output["features"],

@@ -18,6 +18,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from airflow_mlops import storage
 from airflow_mlops.examples.flights import features, quality, source, train
+from airflow_mlops.examples.flights.months import months_before
 from airflow_mlops.exceptions import DataError
 
 STRATEGIES = ("frozen", "all past", "last 3 months")
@@ -39,7 +40,7 @@ def join(root: str, months: Sequence[str]) -> pd.DataFrame:
     rows = rows.sort_values("event_timestamp", kind="stable").reset_index(drop=True)
     views = {**features.DELAY_VIEWS, "weather": ("origin",), "planes": ("tailnum",)}
     for view, keys in views.items():
-        known = source.months_before(months[0], 1) + list(months)
+        known = months_before(months[0], 1, source.FIRST_MONTH) + list(months)
         table = _read(root, f"features/{view}", known).drop(columns="observed_at", errors="ignore")
         rows = pd.merge_asof(
             rows,

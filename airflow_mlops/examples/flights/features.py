@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 
 from airflow_mlops import storage
+from airflow_mlops.examples.flights.months import months_before
 from airflow_mlops.examples.flights.source import (
     CARRIERS,
     FIRST_MONTH,
@@ -22,7 +23,6 @@ from airflow_mlops.examples.flights.source import (
     ORIGINS,
     WEATHER_VALUES,
     month_window,
-    months_before,
     read_raw,
     write_parquet,
 )

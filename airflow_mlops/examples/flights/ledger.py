@@ -9,39 +9,20 @@ when it started first, so that a run that is cleared, or that died after its pro
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import Any
 
 from airflow_mlops import storage
+from airflow_mlops.examples.flights.months import months_between
 from airflow_mlops.exceptions import InvalidInputError
-from airflow_mlops.windows import Window
-
-
-def month_of(window: Window) -> str:
-    """``YYYY-MM`` of a window that is one calendar month in UTC.
-
-    :raises InvalidInputError: it is not
-    """
-    start = window.start
-    following = dt.datetime(start.year + start.month // 12, start.month % 12 + 1, 1, tzinfo=dt.timezone.utc)
-    if start != start.replace(day=1, hour=0, minute=0, second=0, microsecond=0) or window.end != following:
-        raise InvalidInputError(
-            f"the window {window} is not one calendar month; this Dag works month by month, for example "
-            "window_start=2013-04-01 and window_end=2013-05-01"
-        )
-    return f"{start:%Y-%m}"
-
-
-def months_between(first: str, last: str) -> list[str]:
-    """``YYYY-MM`` from ``first`` to ``last``, both included."""
-    begin, end = (int(month[:4]) * 12 + int(month[5:]) - 1 for month in (first, last))
-    return [f"{number // 12:04d}-{number % 12 + 1:02d}" for number in range(begin, end + 1)]
 
 
 def finished_months(root: str) -> list[str]:
     """The months on record, oldest first."""
-    names = storage.list_files(storage.join(root, "ledger"), ".json")
-    return [name.rsplit("/", 1)[-1].removesuffix(".json") for name in names]
+    return _months_in(storage.join(root, "ledger"))
+
+
+def _months_in(folder: str) -> list[str]:
+    return [name.rsplit("/", 1)[-1].removesuffix(".json") for name in storage.list_files(folder, ".json")]
 
 
 def begin(root: str, month: str, champion: str | None) -> str | None:
@@ -50,7 +31,7 @@ def begin(root: str, month: str, champion: str | None) -> str | None:
     :param root: the project's folder
     :param month: ``YYYY-MM``
     :param champion: version that the champion's alias names now, None before the first training
-    :raises InvalidInputError: a later month is on record, or the month before is not
+    :raises InvalidInputError: a later month is on record, or the month before is not, or did not come to its end
     """
     done = finished_months(root)
     if done and done[-1] > month:
@@ -65,7 +46,14 @@ def begin(root: str, month: str, champion: str | None) -> str | None:
             f"{month} cannot run yet: {missing} has not run, and each month is judged against the champion that the "
             f"month before left behind. Run {missing} first, then clear this run (a backfill in order does both)."
         )
-    started = storage.join(root, "ledger", "started", f"{month}.json")
+    folder = storage.join(root, "ledger", "started")
+    if open_ := [earlier for earlier in _months_in(folder) if earlier < month and earlier not in done]:
+        # It may have trained and promoted already: what it leaves behind is not known yet.
+        raise InvalidInputError(
+            f"{month} cannot run yet: {open_[-1]} was begun and has not come to its end. Clear its failed tasks, let "
+            f"it finish, then clear this run; or, to give it up, delete {folder}/{open_[-1]}.json."
+        )
+    started = storage.join(folder, f"{month}.json")
     if storage.exists(started):
         return storage.read_json(started)["champion"]
     storage.write_json(started, {"champion": champion})

@@ -10,7 +10,6 @@ of raw data, of features and of labelled rows is the same half-open window of ev
 
 from __future__ import annotations
 
-import datetime as dt
 import functools
 import importlib.metadata
 import io
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from airflow_mlops import storage
+from airflow_mlops.examples.flights.months import window_of
 from airflow_mlops.exceptions import DataError
 from airflow_mlops.windows import Window
 
@@ -94,17 +94,7 @@ def month_window(month: str) -> Window:
             f"month is {month!r}; the flights example has the months 2013-01 to 2013-12, written YYYY-MM. "
             "Choose one of those (a Dag's data interval has to start in 2013)."
         )
-    year, number = (int(part) for part in month.split("-"))
-    following = (year + 1, 1) if number == 12 else (year, number + 1)
-    return Window(
-        dt.datetime(year, number, 1, tzinfo=dt.timezone.utc), dt.datetime(*following, 1, tzinfo=dt.timezone.utc)
-    )
-
-
-def months_before(month: str, count: int, first: str = FIRST_MONTH) -> list[str]:
-    """Up to ``count`` months that precede ``month``, oldest first, none before ``first``."""
-    end = pd.Period(month, "M")
-    return [str(end - back) for back in range(count, 0, -1) if end - back >= pd.Period(first, "M")]
+    return window_of(month)
 
 
 def raw_uri(root: str, kind: str, month: str | None = None) -> str:

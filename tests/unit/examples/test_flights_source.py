@@ -150,9 +150,3 @@ def test_package_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(DataError, match="pip install"):
         source.land(str(tmp_path), "2013-01")
-
-
-def test_months_before():
-    assert source.months_before("2013-04", 2) == ["2013-02", "2013-03"]
-    assert source.months_before("2013-02", 2) == ["2013-01"]
-    assert source.months_before("2013-01", 2) == []
