@@ -80,9 +80,9 @@ def categorical(reference: Column, current: Column) -> Distance:
     """The Jensen-Shannon distance and the two-sample chi-squared test, from two sets of counts.
 
     The reference is a sample too, so the test has a cell for each side; categories too rare for the chi-squared
-    approximation (fewer than 5 expected on the smaller side) are pooled; a pool that is still too rare is judged against
-    the rest by Fisher's exact test, and the two p-values combined after Bonferroni. The divergence expected without
-    drift is that of splitting each category's values over the two sides at random.
+    approximation (fewer than 5 expected on the smaller side) are pooled; a pool that is still too rare is judged
+    against the rest by Fisher's exact test, and the two p-values combined after Bonferroni. The divergence expected
+    without drift is that of splitting each category's values over the two sides at random.
     """
     a, b, unseen = _cells(reference.categories, current.categories)
     n, m = a.sum(), b.sum()

@@ -30,6 +30,7 @@ def evaluate(
     slices: Mapping[str, npt.ArrayLike] | None = None,
     policy: GatePolicy | None = None,
     latency: Mapping[str, Any] | None = None,
+    unlabelled: int = 0,
     seed: int = 0,
 ) -> GateVerdict:
     """Judge the challenger by ``policy``.
@@ -42,6 +43,7 @@ def evaluate(
     :param slices: for each name the value of each row, shape (n,); a missing value counts as one
     :param policy: the rule; None for the defaults of :class:`GatePolicy`
     :param latency: ``p95_ms`` and more, as of :func:`airflow_mlops.evaluation.latency.measure`
+    :param unlabelled: further rows of the same window whose label is not known yet
     :param seed: of the bootstrap
     :return: the verdict; too few rows or clusters, or one class only, is a verdict that did not pass
     :raises InvalidInputError: different lengths, missing or impossible values, a policy that makes no rule
@@ -55,7 +57,7 @@ def evaluate(
             raise InvalidInputError(f"{name} has {len(np.asarray(values))} values for {len(y)} rows")
     codes, count = cluster_codes(clusters, len(y))
 
-    checks = _enough(policy, y, count)
+    checks = _enough(policy, y, count, unlabelled)
     computable = all(check.passed for check in checks)
     metrics: dict[str, Any] = {
         "challenger": score(y, new) if len(y) else None,
@@ -81,6 +83,7 @@ def evaluate(
         checks=tuple(checks),
         rows=len(y),
         clusters=count,
+        unlabelled=unlabelled,
         metrics=metrics,
         differences=tuple(gain.to_json() for gain in differences),
         slices=tuple(tested),
@@ -89,9 +92,11 @@ def evaluate(
     )
 
 
-def _enough(policy: GatePolicy, y: npt.NDArray[np.int8], clusters: int) -> list[Check]:
+def _enough(policy: GatePolicy, y: npt.NDArray[np.int8], clusters: int, unlabelled: int) -> list[Check]:
     positive = int(y.sum())
+    share = len(y) / max(len(y) + unlabelled, 1)  # 0 of 0 rows do not hold
     return [
+        Check("labelled", share >= policy.min_labelled, f"{share:.1%}", f"at least {policy.min_labelled:.0%}"),
         Check("rows", len(y) >= policy.min_rows, str(len(y)), f"at least {policy.min_rows}"),
         Check("clusters", clusters >= policy.min_clusters, str(clusters), f"at least {policy.min_clusters}"),
         Check("classes", 0 < positive < len(y), f"{positive} of {len(y)} rows positive", "both classes"),

@@ -14,6 +14,7 @@ METRICS = ("log_loss", "brier", "auc")
 RULES = ("improvement", "non_inferiority")
 FLOORS = ("auc",)
 CEILINGS = ("log_loss", "brier")
+COUNTS = ("min_rows", "min_clusters", "slice_min_rows")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class GatePolicy:
     :param slice_min_rows: a slice with fewer rows is reported and not tested
     :param min_rows: with fewer rows nothing passes
     :param min_clusters: with fewer clusters (days) nothing passes
+    :param min_labelled: with a smaller share of labelled rows nothing passes, since late labels are not a random sample
     """
 
     metric: str = "log_loss"
@@ -52,6 +54,7 @@ class GatePolicy:
     slice_min_rows: int = 200
     min_rows: int = 500
     min_clusters: int = 5
+    min_labelled: float = 0.8
 
     def validate(self) -> GatePolicy:
         """This policy.
@@ -73,6 +76,8 @@ class GatePolicy:
                 raise InvalidInputError(f"the gate's limits must be finite and not negative; got {value}")
         if self.rule == "non_inferiority" and self.margin == 0:
             raise InvalidInputError("non-inferiority needs a positive margin: how much worse is still acceptable?")
+        if not 0 <= self.min_labelled <= 1:
+            raise InvalidInputError(f"the gate's min_labelled is {self.min_labelled}; expected a share from 0 to 1")
         if self.min_clusters < 2 or self.min_rows < 2 or self.slice_min_rows < 2:
             raise InvalidInputError("the gate's min_rows, min_clusters and slice_min_rows must be at least 2")
         return self
@@ -100,7 +105,7 @@ class GatePolicy:
                 elif given in (None, "", "None"):
                     fields[name] = None
                 else:
-                    fields[name] = int(given) if name.startswith(("min_", "slice_min")) else float(given)
+                    fields[name] = int(given) if name in COUNTS else float(given)
         except (TypeError, ValueError, AttributeError) as error:
             raise InvalidInputError(f"the gate policy's {name} is {given!r}: {error}") from error
         if empty := [name for name, given in fields.items() if given is None and not name.startswith("max_")]:

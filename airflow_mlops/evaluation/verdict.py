@@ -38,6 +38,7 @@ class GateVerdict:
     :param checks: every requirement of the policy
     :param rows: rows compared
     :param clusters: independent clusters of rows (days)
+    :param unlabelled: rows of the window left out because their label is not known
     :param metrics: of ``"challenger"`` and ``"champion"`` (None without one), see
         :func:`airflow_mlops.evaluation.score`
     :param differences: gains of the challenger, each as of :class:`airflow_mlops.evaluation.paired.Gain`
@@ -57,6 +58,7 @@ class GateVerdict:
     slices: tuple[Mapping[str, Any], ...] = ()
     latency: Mapping[str, Any] | None = None
     policy: Mapping[str, Any] = field(default_factory=dict)
+    unlabelled: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; what is not a finite number is None."""

@@ -14,7 +14,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError
 from airflow_mlops.hooks.ray_serve import RayServeHook
-from airflow_mlops.shell import permanent_errors_fail
+from airflow_mlops.shell import permanent_errors_fail, push_result
 from airflow_mlops.triggers.canary import CanaryTrigger
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class CanaryPromoteOperator(BaseOperator):
             self._running = (route, spec)
             result = asyncio.run(self._roll_out(route, spec))
             self._running = None
-            return self._conclude(result)
+            return self._conclude(context, result)
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
         """Take over from the trigger."""
@@ -145,7 +145,7 @@ class CanaryPromoteOperator(BaseOperator):
             if event["retryable"]:
                 raise ExternalSystemError(event["error"])
             raise AirflowFailException(event["error"])
-        return self._conclude(event["result"])
+        return self._conclude(context, event["result"])
 
     def on_kill(self) -> None:
         """Give all traffic back to the champion; also called on timeout."""
@@ -213,14 +213,16 @@ class CanaryPromoteOperator(BaseOperator):
             guardrails=parse_guardrails(_structure(self.guardrails, "guardrails")),
             poll_interval=float(self.poll_interval),
             ttl=float(self.ttl),
+            attempt=int(getattr(ti, "try_number", 1)),
         )
 
-    def _conclude(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Return a promotion; on a rollback do as ``on_rollback`` says."""
+    def _conclude(self, context: Context, result: dict[str, Any]) -> dict[str, Any]:
+        """Return a promotion; on a rollback do as ``on_rollback`` says, the verdict pushed in any case."""
         reasons = "; ".join(result["reasons"])
         self.log.info("version %s of %s: %s (%s)", result["version"], result["model"], result["verdict"], reasons)
         if result["verdict"] == "PROMOTE" or self.on_rollback == "return":
             return result
+        push_result(self, context, result)
         message = f"version {result['version']} of {result['model']} was rolled back: {reasons}"
         if self.on_rollback == "skip":
             raise AirflowSkipException(message)

@@ -9,7 +9,7 @@ from typing import Any
 from airflow.sdk import BaseOperator, Context
 
 from airflow_mlops.hooks.dvc import DvcHook
-from airflow_mlops.shell import permanent_errors_fail
+from airflow_mlops.shell import is_blank, permanent_errors_fail, require
 
 
 class DvcSnapshotOperator(BaseOperator):
@@ -42,10 +42,12 @@ class DvcSnapshotOperator(BaseOperator):
 
     @cached_property
     def hook(self) -> DvcHook:
-        return DvcHook(self.dvc_conn_id, self.remote_url)
+        return DvcHook(self.dvc_conn_id, None if is_blank(self.remote_url) else self.remote_url)
 
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail():
+            # An empty path would be the worker's current folder.
+            require(path=self.path)
             snapshot = self.hook.snapshot(self.path)
             self.log.info("pinned %d files, %d bytes, as %s", snapshot.nfiles, snapshot.size, snapshot.md5)
             return snapshot.to_json()

@@ -11,7 +11,7 @@ from airflow.sdk import BaseOperator, Context
 
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, MlopsError
 from airflow_mlops.hooks.feast import FeastHook, registry_error
-from airflow_mlops.shell import log_table, permanent_errors_fail
+from airflow_mlops.shell import as_mapping, as_names, is_blank, log_table, permanent_errors_fail, require
 from airflow_mlops.windows import resolve_window
 
 
@@ -40,7 +40,8 @@ class _FeastOperator(BaseOperator):
 
     @cached_property
     def hook(self) -> FeastHook:
-        return FeastHook(self.feast_conn_id, self.repo_path, self.feature_store)
+        repo_path = None if is_blank(self.repo_path) else self.repo_path
+        return FeastHook(self.feast_conn_id, repo_path, as_mapping(self.feature_store, "feature_store"))
 
 
 class FeastApplyOperator(_FeastOperator):
@@ -114,7 +115,8 @@ class FeastMaterializeOperator(_FeastOperator):
             from airflow_mlops.features.materialize import materialize_view, refuse_older
 
             window = resolve_window(context, self.window_start, self.window_end)
-            store, views = self.hook.store, self.hook.online_views(self.feature_views)
+            store = self.hook.store
+            views = self.hook.online_views(as_names(self.feature_views, "feature_views"))
             if str(self.allow_older).lower() != "true":
                 refuse_older(store, views, window)
             started, written = time.monotonic(), []
@@ -198,15 +200,14 @@ class FeastTrainingSetOperator(_FeastOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail():
-            if bool(self.feature_service) == bool(self.features):
+            require(entity_uri=self.entity_uri, output_uri=self.output_uri)
+            features = as_names(self.features, "features")
+            if is_blank(self.feature_service) != bool(features):
                 raise InvalidInputError("give either feature_service or features, and not both")
             window = resolve_window(context, self.window_start, self.window_end)
             from airflow_mlops.features.training_set import build_training_set
 
-            if self.feature_service:
-                wanted: Any = self.hook.service(self.feature_service)
-            else:
-                wanted = self.hook.features(self.features or ())
+            wanted: Any = self.hook.features(features) if features else self.hook.service(str(self.feature_service))
             try:
                 result = build_training_set(
                     self.hook.store,
@@ -214,7 +215,7 @@ class FeastTrainingSetOperator(_FeastOperator):
                     entity_uri=self.entity_uri,
                     output_uri=self.output_uri,
                     window=window,
-                    label=self.label_column,
+                    label=None if is_blank(self.label_column) else self.label_column,
                     full_feature_names=self.full_feature_names,
                     known_only=self.filter_by_created_timestamp,
                 )

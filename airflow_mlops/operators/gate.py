@@ -10,8 +10,8 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.evaluation import GatePolicy, GateVerdict
 from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError
-from airflow_mlops.operators._mlflow import MlflowBaseOperator, as_mapping, as_names, is_blank, task_key
-from airflow_mlops.shell import log_table, permanent_errors_fail
+from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
+from airflow_mlops.shell import as_mapping, as_names, is_blank, log_table, permanent_errors_fail, push_result, require
 from airflow_mlops.storage import join, write_bytes, write_json
 from airflow_mlops.windows import Window, resolve_window
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 TIME = "event_timestamp"
 
 
-def read_labelled(uri: str, label: str, window: Window | None = None) -> tuple[pd.DataFrame, int]:
-    """The rows of the Parquet at ``uri`` whose label is known, and how many others there were.
+def read_rows(uri: str, label: str, window: Window | None = None) -> pd.DataFrame:
+    """The rows of the Parquet at ``uri``, those whose label is not known yet included.
 
     :param window: only rows whose ``event_timestamp`` is in it; None for all
-    :raises DataError: nothing is there, or it lacks the label or the time
+    :raises DataError: nothing is there, it lacks the label or the time, or a row has no time
     """
     import pandas as pd
 
@@ -37,18 +37,19 @@ def read_labelled(uri: str, label: str, window: Window | None = None) -> tuple[p
     if missing := {label, TIME} - set(frame.columns):
         raise DataError(f"{uri} lacks {sorted(missing)}; it has {list(frame.columns)[:20]}")
     frame[TIME] = pd.to_datetime(frame[TIME], utc=True)
+    if timeless := int(frame[TIME].isna().sum()):
+        raise DataError(f"{timeless} rows of {uri} have no {TIME}, so no window can be told; every row needs one")
     if window is not None:
         frame = frame[(frame[TIME] >= window.start) & (frame[TIME] < window.end)]
-    known = frame[label].notna()
-    return frame[known].reset_index(drop=True), int((~known).sum())
+    return frame.reset_index(drop=True)
 
 
 def _write_predictions(uri: str, frame: pd.DataFrame, label: str, arms: Mapping[str, Any]) -> str:
     import pandas as pd
 
-    columns = {TIME: frame[TIME], "label": frame[label].astype("int8"), **arms}
+    labels = frame[label].astype("Int8" if frame[label].isna().any() else "int8")
     buffer = io.BytesIO()
-    pd.DataFrame(columns).to_parquet(buffer, index=False)
+    pd.DataFrame({TIME: frame[TIME], "label": labels, **arms}).to_parquet(buffer, index=False)
     return write_bytes(uri, buffer.getvalue())
 
 
@@ -61,8 +62,9 @@ class ModelScoreOperator(MlflowBaseOperator):
     :param models: name to model URI, ``{"champion": "models:/flights@champion", "frozen": "models:/flights/1"}``; an
         empty URI, or an alias of a model without versions, is a model that does not exist yet (templated)
     :param data_uri: Parquet with ``event_timestamp``, features and label (templated)
-    :param label_column: its column of 0 and 1; rows where it is missing are left out (templated)
-    :param predictions_uri: where to write ``event_timestamp``, ``label`` and a column for each model (templated)
+    :param label_column: its column of 0 and 1; rows where it is missing are predicted and not scored (templated)
+    :param predictions_uri: where to write ``event_timestamp``, ``label`` (missing where not known) and a column for
+        each model, all rows (templated)
     :param features: the models' inputs, where they have no signature (templated)
     :param optional: names of models whose alias may never have been set though the model has versions
     :param experiment: MLflow experiment (templated)
@@ -117,16 +119,22 @@ class ModelScoreOperator(MlflowBaseOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         from airflow_mlops.evaluation import score
+        from airflow_mlops.evaluation.metrics import check_label
 
         with permanent_errors_fail():
+            require(data_uri=self.data_uri, label_column=self.label_column, predictions_uri=self.predictions_uri)
+            models = as_mapping(self.models, "models")
             window = resolve_window(context, self.window_start, self.window_end)
             features = as_names(self.features, "features") or None
-            frame, unlabelled = read_labelled(self.data_uri, self.label_column)
-            if frame.empty:
+            frame = read_rows(self.data_uri, self.label_column)
+            known = frame[self.label_column].notna().to_numpy()
+            unlabelled = int((~known).sum())
+            if not known.any():
                 raise DataError(f"{self.data_uri} has no labelled rows ({unlabelled} unlabelled); nothing to score")
+            labels = check_label(frame.loc[known, self.label_column])
             results: dict[str, dict[str, Any] | None] = {}
             arms: dict[str, Any] = {}
-            for name, given in self.models.items():
+            for name, given in models.items():
                 uri, version = self._resolve(name, given)
                 if uri is None:
                     results[name] = None
@@ -135,14 +143,14 @@ class ModelScoreOperator(MlflowBaseOperator):
                 results[name] = {
                     "version": version,
                     "uri": uri,
-                    **score(frame[self.label_column].to_numpy(), arms[name]),
+                    **score(labels, arms[name][known]),
                 }
             _write_predictions(self.predictions_uri, frame, self.label_column, arms)
             columns = ["version", "rows", "base_rate", "mean_probability", "auc", "log_loss", "brier"]
             rows = [[name, *[_shown((found or {}).get(key)) for key in columns]] for name, found in results.items()]
             self.log.info("scores on %s\n%s", window, log_table(["model", *columns], rows))
             return {
-                "rows": len(frame),
+                "rows": len(labels),
                 "unlabelled": unlabelled,
                 "models": results,
                 "predictions_uri": self.predictions_uri,
@@ -285,8 +293,7 @@ class ModelGateOperator(MlflowBaseOperator):
             result = self._judge(context)
         if result["passed"]:
             return result
-        # A task that raises returns nothing, and the tasks after it need the verdict all the same.
-        context["ti"].xcom_push(key="return_value", value=result)
+        push_result(self, context, result)
         message = f"the challenger does not pass: {'; '.join(result['reasons'])}. Report: {result['report_uri']}"
         raise AirflowSkipException(message) if self.on_fail == "skip" else AirflowFailException(message)
 
@@ -296,6 +303,7 @@ class ModelGateOperator(MlflowBaseOperator):
 
         if self.on_fail not in ("fail", "skip"):
             raise InvalidInputError(f"on_fail is {self.on_fail!r}; expected 'fail' or 'skip'")
+        require(data_uri=self.data_uri, label_column=self.label_column, report_dir=self.report_dir)
         if is_blank(self.challenger_uri):
             raise InvalidInputError("challenger_uri is empty; the training left no model (model_uri of its result)")
         policy = self._policy()
@@ -304,7 +312,9 @@ class ModelGateOperator(MlflowBaseOperator):
         window = None
         if not (is_blank(self.window_start) and is_blank(self.window_end)):
             window = resolve_window(context, self.window_start, self.window_end)
-        frame, unlabelled = read_labelled(self.data_uri, self.label_column, window)
+        frame = read_rows(self.data_uri, self.label_column, window)
+        known = frame[self.label_column].notna()
+        unlabelled, frame = int((~known).sum()), frame[known].reset_index(drop=True)
         slices = as_names(self.slice_columns, "slice_columns")
         if missing := [name for name in slices if name not in frame.columns]:
             raise DataError(f"{self.data_uri} lacks the slice columns {missing}; it has {list(frame.columns)[:20]}")
@@ -323,6 +333,7 @@ class ModelGateOperator(MlflowBaseOperator):
             slices={name: frame[name].to_numpy() for name in slices},
             policy=policy,
             latency=latency,
+            unlabelled=unlabelled,
         )
         self._log(verdict)
         return {
@@ -330,7 +341,6 @@ class ModelGateOperator(MlflowBaseOperator):
             "challenger_uri": self.challenger_uri,
             "champion_uri": champion_uri,
             "champion_version": champion_version,
-            "unlabelled": unlabelled,
             **self._publish(verdict, frame, arms),
         }
 

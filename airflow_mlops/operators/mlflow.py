@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError, RegistryError
 from airflow_mlops.hooks.mlflow import MlflowHook, alias_tag
-from airflow_mlops.operators._mlflow import MlflowBaseOperator, as_mapping, as_names, is_blank, task_key
-from airflow_mlops.shell import permanent_errors_fail
+from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
+from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail
 from airflow_mlops.storage import join, read_bytes, write_json
 
 if TYPE_CHECKING:
@@ -370,6 +370,8 @@ class MlflowPromoteOperator(MlflowBaseOperator):
         holder = self.hook.version_by_alias(self.model_name, self.alias, missing_ok=True)
         current = None if holder is None else str(holder.version)
         if current == version:
+            # An earlier try may have died before it left the record that tells a lost champion from none.
+            self.hook.client.set_registered_model_tag(self.model_name, alias_tag(self.alias), version)
             return False
         if current != expected:
             raise ConcurrentChangeError(
@@ -442,11 +444,13 @@ class MlflowRollbackOperator(MlflowBaseOperator):
                 client.set_model_version_tag(name, bad, "mlops.rolled_back_to", good)
                 client.set_model_version_tag(name, bad, ROLLED_BACK, key)
             champion = self.hook.version_by_alias(name, self.alias)
-            changed = champion is not None and str(champion.version) == bad
+            current = None if champion is None else str(champion.version)
+            changed = current == bad
             if changed:
                 move_alias(self.hook, name, self.alias, good, keep=(self.previous_alias, None))
             way_back = self.hook.version_by_alias(name, self.previous_alias, missing_ok=True)
-            if way_back is not None and str(way_back.version) == good:
+            # Of a later promotion it is the way back to the same version, and stays.
+            if current in (bad, good) and way_back is not None and str(way_back.version) == good:
                 client.delete_registered_model_alias(name, self.previous_alias)
             self.log.info("%s of %s is version %s again, %s was rolled back", self.alias, name, good, bad)
             for asset in self.outlets or ():

@@ -8,14 +8,21 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseSensorOperator, PokeReturnValue
-from airflow.sdk.bases.xcom import BaseXCom
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException
 
 from airflow_mlops import storage
 from airflow_mlops.exceptions import DataError, InvalidInputError, RegistryError
 from airflow_mlops.links import ReportLink
-from airflow_mlops.shell import log_table, permanent_errors_fail
+from airflow_mlops.shell import (
+    as_mapping,
+    as_names,
+    is_blank,
+    log_table,
+    permanent_errors_fail,
+    push_result,
+    require,
+)
 from airflow_mlops.triggers.drift import REPORT_SUFFIX, DataReadyTrigger, data_ready
 from airflow_mlops.windows import Window, resolve_window
 
@@ -44,7 +51,7 @@ class DriftSensor(BaseSensorOperator):
     ``stable``
         neither
     ``no_champion``
-        the registered model never had a version: train the first one
+        the registered model never had a version, or ``model_version`` is empty: train the first one
 
     Drift is evidence; by default only harm asks for retraining. A column that is missing, all missing or of another
     type makes the verdict ``drift`` and asks for no retraining by itself: the data need repair first.
@@ -55,7 +62,8 @@ class DriftSensor(BaseSensorOperator):
     :param current_uri: Parquet file, directory or glob with the window's data (templated)
     :param model_name: registered model (templated)
     :param alias: alias of the champion (templated)
-    :param model_version: a version to compare with, in place of the alias's (templated)
+    :param model_version: the champion at the start of the run, in place of the alias's; the empty string for none,
+        None for the alias's (templated)
     :param mlflow_conn_id: Airflow connection of type ``mlflow``
     :param tracking_uri: MLflow's URI, in place of the connection's (templated)
     :param columns: columns to compare; the reference profile's when not given (templated)
@@ -195,18 +203,19 @@ class DriftSensor(BaseSensorOperator):
                 return None
             result = self.check(context)
             if self.on_stable == "skip" and not result["retrain"]:
-                # A skipped task returns nothing, and the record of the month needs the verdict.
-                context["ti"].xcom_push(key=BaseXCom.XCOM_RETURN_KEY, value=result)
+                push_result(self, context, result)
                 raise AirflowSkipException(f"{self.model_name} {result['verdict']}: no retraining ({_short(result)})")
             return result
 
+    @property
+    def _retrain_on(self) -> list[str]:
+        return as_names(self.retrain_on, "retrain_on")
+
     def _validate(self) -> None:
-        for name in ("current_uri", "model_name", "report_dir"):
-            if getattr(self, name) in (None, "", "None"):
-                raise InvalidInputError(f"DriftSensor needs {name}; it is {getattr(self, name)!r} after templating")
+        require(current_uri=self.current_uri, model_name=self.model_name, report_dir=self.report_dir)
         if self.on_stable not in ("wait", "skip", "proceed"):
             raise InvalidInputError(f"on_stable is {self.on_stable!r}; expected wait, skip or proceed")
-        if isinstance(self.retrain_on, str) or not self.retrain_on or set(self.retrain_on) - {"harm", "drift"}:
+        if not self._retrain_on or set(self._retrain_on) - {"harm", "drift"}:
             raise InvalidInputError(f"retrain_on is {self.retrain_on!r}; expected a list of harm, drift or both")
 
     # --- the check ----------------------------------------------------------------------------------------------
@@ -216,15 +225,12 @@ class DriftSensor(BaseSensorOperator):
         from airflow_mlops.hooks.mlflow import MlflowHook
 
         window = self._window(context)
-        hook = MlflowHook(self.mlflow_conn_id, tracking_uri=_given(self.tracking_uri))
-        if version := _given(self.model_version):
-            champion = hook.version(self.model_name, version)
-        else:
-            champion = hook.version_by_alias(self.model_name, self.alias)
+        hook = MlflowHook(self.mlflow_conn_id, tracking_uri=None if is_blank(self.tracking_uri) else self.tracking_uri)
+        champion = self._champion(hook)
         model = {"name": self.model_name, "version": str(champion.version) if champion else None, "alias": self.alias}
         report_uri = storage.join(self.report_dir, self._report_name(context, window) + REPORT_SUFFIX)
         if champion is None:
-            reasons = [f"{self.model_name} never had a version: train the first one"]
+            reasons = [f"{self.model_name} has no champion yet: train the first one"]
             return self._publish(report_uri, model, window, "no_champion", True, reasons)
         reference = self._reference_profile(hook, champion)
         current, drift = self._drift(reference)
@@ -233,8 +239,16 @@ class DriftSensor(BaseSensorOperator):
         html_uri = self._page(report_uri, reference, current) if self.evidently else None
         return self._publish(report_uri, model, window, verdict, retrain, reasons, drift, harm, html_uri)
 
+    def _champion(self, hook: MlflowHook) -> Any | None:
+        """The version to compare with; None when there is none, which a lost value must not look like."""
+        if self.model_version == "":
+            return None
+        if is_blank(self.model_version):
+            return hook.version_by_alias(self.model_name, self.alias)
+        return hook.version(self.model_name, str(self.model_version))
+
     def _window(self, context: Context) -> Window | None:
-        if _given(self.window_start) or _given(self.window_end):
+        if not (is_blank(self.window_start) and is_blank(self.window_end)):
             return resolve_window(context, self.window_start, self.window_end)
         try:
             return resolve_window(context)
@@ -271,7 +285,7 @@ class DriftSensor(BaseSensorOperator):
         from airflow_mlops.drift.profile import column_names
 
         present = column_names(self.current_uri)
-        wanted = list(_given(self.columns) or reference.columns)
+        wanted = as_names(self.columns, "columns") or list(reference.columns)
         unknown = [name for name in wanted if name not in reference.columns and name not in present]
         if unknown:
             raise DataError(f"column(s) {', '.join(unknown)} are neither in the champion's profile nor in the data")
@@ -288,9 +302,9 @@ class DriftSensor(BaseSensorOperator):
         current = Profile.of(
             self.current_uri,
             columns=[name for name in wanted if name in present],
-            categorical=sorted(names | set(self.categorical)),
+            categorical=sorted(names | set(as_names(self.categorical, "categorical"))),
         )
-        report = compare(reference, current, _policy(DriftPolicy, self.policy))
+        report = compare(reference, current, _policy(DriftPolicy, self.policy, "policy"))
         self.log.info("Drift: %s\n%s", report.verdict, _drift_table(report))
         return current, report
 
@@ -298,8 +312,8 @@ class DriftSensor(BaseSensorOperator):
         """The verdict on the champion's losses, or None when no predictions are given and none are asked for."""
         from airflow_mlops.drift import HarmPolicy, LossReference, assess_harm
 
-        if not _given(self.predictions_uri):
-            if "harm" in self.retrain_on:
+        if is_blank(self.predictions_uri):
+            if "harm" in self._retrain_on:
                 raise InvalidInputError(
                     "retrain_on names harm, which needs predictions_uri: Parquet with event_timestamp, "
                     f"{self.label_column} and {self.prediction_column}. Give it, or set retrain_on=['drift']."
@@ -312,7 +326,7 @@ class DriftSensor(BaseSensorOperator):
             frame[self.label_column],
             frame[self.prediction_column],
             frame["event_timestamp"].dt.date,
-            _policy(HarmPolicy, self.harm_policy),
+            _policy(HarmPolicy, self.harm_policy, "harm_policy"),
         )
         self.log.info("Harm: %s (%s)\n%s", report.verdict, "; ".join(report.reasons), _harm_table(report))
         return report
@@ -323,7 +337,7 @@ class DriftSensor(BaseSensorOperator):
         reasons = [f"harm: {reason}" for reason in (harm.reasons if harm else ())]
         reasons += [f"drift: {reason}" for reason in drift.reasons]
         relevant = drifted and len(drift.drifted) >= drift.policy.min_columns
-        retrain = ("harm" in self.retrain_on and harmful) or ("drift" in self.retrain_on and relevant)
+        retrain = ("harm" in self._retrain_on and harmful) or ("drift" in self._retrain_on and relevant)
         lacking = drift.verdict == "not_enough_data" or (harm is not None and harm.verdict == "not_enough_data")
         verdict = "harm" if harmful else "drift" if drifted else "not_enough_data" if lacking else "stable"
         return verdict, retrain, reasons
@@ -367,7 +381,7 @@ class DriftSensor(BaseSensorOperator):
             {
                 **head,
                 "reasons": reasons,
-                "retrain_on": list(self.retrain_on),
+                "retrain_on": self._retrain_on,
                 "drift": drift.to_json() if drift else None,
                 "harm": harm.to_json() if harm else None,
             },
@@ -393,13 +407,8 @@ class DriftSensor(BaseSensorOperator):
         }
 
 
-def _given(value: Any) -> Any:
-    """``value``, or None for what a template renders when there is nothing."""
-    return None if value in (None, "", "None", [], ()) else value
-
-
-def _policy(kind: Any, value: Any) -> Any:
-    return value if isinstance(value, kind) else kind.from_json(value or {})
+def _policy(kind: Any, value: Any, name: str) -> Any:
+    return value if isinstance(value, kind) else kind.from_json(as_mapping(value, name))
 
 
 def _read_json(hook: MlflowHook, uri: str) -> Any:

@@ -164,7 +164,8 @@ def operator(models):
 
 
 def context(run):
-    return {"ti": SimpleNamespace(dag_id="flights", task_id="canary", run_id=run, map_index=-1)}
+    push = {"xcom_push": lambda key, value: None}
+    return {"ti": SimpleNamespace(dag_id="flights", task_id="canary", run_id=run, map_index=-1, **push)}
 
 
 @pytest.fixture

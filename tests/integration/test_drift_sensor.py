@@ -58,19 +58,9 @@ def predictions(rng, frame, bias=0.0):
     )
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    """A migrated, empty registry, copied for each test: migrations take seconds."""
-    from airflow_mlops.hooks.mlflow import MlflowHook
-
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    MlflowHook(tracking_uri=f"sqlite:///{path}").ensure_store()
-    return path
-
-
 @pytest.fixture
-def root(tmp_path, empty_store):
-    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+def root(tmp_path, mlflow_uri):
+    """The folder in which ``mlflow_uri`` keeps its store, and everything else is put."""
     return tmp_path
 
 
@@ -140,6 +130,8 @@ def test_a_stable_month_skips_with_its_verdict_on_record(champion, month, sensor
     result = context["ti"].xcoms["return_value"]
     assert (result["verdict"], result["retrain"], result["columns"]) == ("stable", False, [])
     assert result["harm"]["verdict"] == result["drift"] == "stable"
+    # Tasks after it read single keys too, as of a sensor that returned.
+    assert {key: value for key, value in context["ti"].xcoms.items() if key != "return_value"} == result
 
 
 def test_a_harmed_champion_is_retrained(champion, month, sensor, context):
@@ -179,6 +171,37 @@ def test_no_version_at_all_trains_the_first(month, sensor, context):
     result = sensor().execute(context)
     assert (result["verdict"], result["retrain"], result["model"]["version"]) == ("no_champion", True, None)
     assert storage.read_json(result["report_uri"])["verdict"] == "no_champion"
+
+
+def test_a_cleared_first_run_finds_no_champion_though_it_made_one_since(champion, month, sensor, context):
+    """The run knows from its start that there was none, and scored none."""
+    month(predict=lambda frame: frame.drop(columns="champion"))
+    result = sensor(model_version="").execute(context)
+    assert (result["verdict"], result["retrain"], result["model"]["version"]) == ("no_champion", True, None)
+    with pytest.raises(AirflowFailException, match="lacks champion"):
+        sensor(model_version="None").execute(context)
+
+
+def test_lists_and_numbers_may_be_text_as_templates_render_them(champion, month, sensor, context):
+    month(shift=1.0)
+    result = sensor(
+        columns="['temp', 'delay', 'hour']",
+        categorical="['hour']",
+        retrain_on='["drift"]',
+        policy="{'min_effect': '0.2', 'calendar_columns': ['temp']}",
+        harm_policy={"alpha": "0.001"},
+    ).execute(context)
+    assert (result["retrain"], result["columns"], result["calendar_columns"]) == (True, ["delay"], ["temp"])
+    assert result["compared"] == 3
+
+
+def test_labels_that_are_still_out_are_not_enough_data(champion, month, sensor, context):
+    month(predict=lambda frame: frame.assign(label=frame["label"].astype("Int8").mask(frame.index % 2 == 0)))
+    with pytest.raises(AirflowSkipException):
+        sensor().execute(context)
+    result = context["ti"].xcoms["return_value"]
+    assert result["verdict"] == "not_enough_data"
+    assert "2000 of 4000 rows have a label" in result["reasons"][0]
 
 
 def test_a_lost_champion_is_an_error_that_says_how_to_restore_it(champion, month, sensor, context, client):
@@ -256,7 +279,8 @@ def test_missing_predictions_and_short_months_are_never_stable(champion, month, 
         ({"on_stable": "shrug"}, "expected wait, skip or proceed"),
         ({"retrain_on": "harm"}, "expected a list"),
         ({"retrain_on": []}, "expected a list"),
-        ({"model_name": "None"}, "needs model_name"),
+        ({"retrain_on": ["harm", "loss"]}, "expected a list"),
+        ({"model_name": "None"}, "empty after templating: model_name"),
         ({"predictions_uri": "None"}, "needs predictions_uri"),
         ({"prediction_column": "challenger"}, "lacks challenger; it has event_timestamp, label, champion"),
         ({"columns": ["wind"]}, "wind are neither in the champion's profile nor in the data"),

@@ -63,7 +63,10 @@ class TestGate:
         swapped = {"challenger_uri": mlflow_models.poor, "champion_uri": mlflow_models.good}
         with pytest.raises(error, match=r"does not pass: improvement in log_loss: gain -"):
             gate(context, on_fail=on_fail, **swapped)
-        assert context["ti"].pushed["return_value"]["passed"] is False
+        pushed = context["ti"].pushed
+        assert pushed["return_value"]["passed"] is False
+        # Tasks after it read single keys too, as of a task that returned.
+        assert {key: value for key, value in pushed.items() if key != "return_value"} == pushed["return_value"]
 
     def test_only_the_window_counts(self, gate):
         result = gate(window_start="2013-04-03", window_end="2013-04-09", policy=GatePolicy(min_clusters=6))
@@ -84,6 +87,20 @@ class TestGate:
         frame.to_parquet(tmp_path / "part.parquet")
         result = gate(data_uri=str(tmp_path / "part.parquet"))
         assert (result["unlabelled"], result["rows"]) == (100, 2900)
+
+    def test_late_labels_do_not_pass(self, gate, mlflow_models, tmp_path):
+        frame = pd.read_parquet(mlflow_models.data)
+        frame["late"] = frame["late"].astype("float64").mask(frame.index < 1000)
+        frame.to_parquet(tmp_path / "part.parquet")
+        with pytest.raises(AirflowFailException, match=r"labelled: 66.7%; required: at least 80%"):
+            gate(data_uri=str(tmp_path / "part.parquet"))
+
+    def test_rows_without_a_time_are_refused(self, gate, mlflow_models, tmp_path):
+        frame = pd.read_parquet(mlflow_models.data)
+        frame.loc[:2, "event_timestamp"] = pd.NaT
+        frame.to_parquet(tmp_path / "part.parquet")
+        with pytest.raises(AirflowFailException, match=r"3 rows of .* have no event_timestamp"):
+            gate(data_uri=str(tmp_path / "part.parquet"))
 
     def test_the_registry_names_the_champion(self, gate, champion):
         for named in ({}, {"champion_version": "1"}):
@@ -163,6 +180,27 @@ class TestScore:
         assert result["models"] == {"champion": None, "frozen": None, "other": None}
         assert (result["rows"], result["run_id"]) == (3000, None)
         assert list(pd.read_parquet(result["predictions_uri"]).columns) == ["event_timestamp", "label"]
+
+    def test_rows_without_a_label_are_predicted_and_not_scored(self, run, mlflow_models, tmp_path):
+        """The drift sensor has to see how many labels are still out."""
+        frame = pd.read_parquet(mlflow_models.data)
+        frame["late"] = frame["late"].astype("float64").mask(frame.index < 1000)
+        frame.to_parquet(tmp_path / "part.parquet")
+        result = run({"champion": mlflow_models.good}, data_uri=str(tmp_path / "part.parquet"))
+        assert (result["rows"], result["unlabelled"], result["models"]["champion"]["rows"]) == (2000, 1000, 2000)
+        rows = pd.read_parquet(result["predictions_uri"])
+        assert (len(rows), rows["label"].isna().sum(), rows["champion"].isna().sum()) == (3000, 1000, 0)
+        known = rows[rows["label"].notna()]
+        assert score(known["label"].astype(int), known["champion"])["auc"] == result["models"]["champion"]["auc"]
+
+    def test_a_label_that_is_none_is_named_without_any_model(self, run, mlflow_models, tmp_path):
+        frame = pd.read_parquet(mlflow_models.data)
+        frame.assign(late=frame["late"] * 2).to_parquet(tmp_path / "twice.parquet")
+        with pytest.raises(AirflowFailException, match="neither 0 nor 1"):
+            run({"champion": ""}, data_uri=str(tmp_path / "twice.parquet"))
+
+    def test_models_may_be_text_as_templates_render_them(self, run, mlflow_models):
+        assert run(str({"champion": mlflow_models.good}))["models"]["champion"]["rows"] == 3000
 
     def test_an_alias_never_set_has_to_be_declared(self, run, champion):
         models = {"frozen": "models:/late@frozen"}

@@ -10,6 +10,7 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_mlops import storage
 from airflow_mlops.drift import LossReference, Profile
+from airflow_mlops.exceptions import RegistryError
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.operators.mlflow import MlflowPromoteOperator, MlflowRegisterOperator, MlflowRollbackOperator
 
@@ -182,6 +183,19 @@ class TestPromote:
         assert not promote("2", "1")["changed"]
         assert alias(mlflow_hook, "previous_champion") == "1"
 
+    def test_a_try_that_died_before_its_record_is_finished(self, register, promote, mlflow_hook, monkeypatch):
+        from mlflow import MlflowClient
+
+        register("run-a")
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "set_registered_model_tag", lambda *_: (_ for _ in ()).throw(SystemExit))
+            with pytest.raises(SystemExit):
+                promote("1", "")
+        promote("1", "")
+        mlflow_hook.client.delete_registered_model_alias("late", "champion")
+        with pytest.raises(RegistryError, match="had version 1 as 'champion'"):
+            mlflow_hook.version_by_alias("late", "champion", missing_ok=True)
+
     @pytest.mark.parametrize("expected", ["", "None", "2"])
     def test_another_champion_than_expected(self, register, promote, mlflow_hook, expected):
         register("run-a"), register("run-b"), register("run-c")
@@ -261,6 +275,15 @@ class TestRollback:
                 rollback()
         rollback()
         assert (alias(mlflow_hook), alias(mlflow_hook, "previous_champion")) == ("1", None)
+
+    def test_clearing_an_old_rollback_leaves_the_way_back_of_a_later_promotion(
+        self, register, rollback, promote, mlflow_hook
+    ):
+        rollback()
+        register("run-c")
+        promote("3", "1")
+        assert not rollback()["changed"]
+        assert (alias(mlflow_hook), alias(mlflow_hook, "previous_champion")) == ("3", "1")
 
     def test_nothing_to_go_back_to(self, rollback):
         rollback("run-1")

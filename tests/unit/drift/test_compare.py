@@ -279,7 +279,7 @@ def test_the_chi_squared_test_is_honest_with_rare_categories(rng):
 @pytest.mark.parametrize("shares", [[0.9999, 0.0001], [0.6, 0.3999, 0.0001]])
 def test_a_category_too_rare_to_approximate_is_judged_exactly(rng, shares):
     """A small window beside a large reference: one value of a rare category is no discovery, a tenth of them is."""
-    names = np.array(["a", "b", "c"][: len(shares) - 1] + ["rare"])
+    names = np.array([*"abc"[: len(shares) - 1], "rare"])
     reference = Profile.of(pd.DataFrame({"c": rng.choice(names, 50_000, p=shares)}))
 
     def p_value(values):

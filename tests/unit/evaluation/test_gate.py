@@ -166,7 +166,21 @@ def test_too_little_data_never_passes(month, champion):
     assert judge(slice(0, 300)) == {"rows"} | comparison
     assert judge(slice(None), min_clusters=11) == {"clusters"} | comparison
     assert judge(month.label == 0) == {"classes", "auc"} | comparison
-    assert judge(slice(0, 0)) == {"rows", "clusters", "classes", "auc"} | comparison
+    assert judge(slice(0, 0)) == {"labelled", "rows", "clusters", "classes", "auc"} | comparison
+
+
+def test_labels_that_are_mostly_out_never_pass(month):
+    def judge(unlabelled, **policy):
+        arms = (month.poor, month.good)
+        verdict = evaluate(month.label, *arms, clusters=month.day, unlabelled=unlabelled, policy=GatePolicy(**policy))
+        assert verdict.unlabelled == unlabelled
+        return verdict.passed
+
+    assert judge(1000) and not judge(1001)
+    assert judge(1001, min_labelled=0.7)
+    with pytest.raises(InvalidInputError, match="min_labelled is 8"):
+        judge(0, min_labelled=8)
+    assert GatePolicy.from_json({"min_labelled": "0.5", "min_rows": "10"}) == GatePolicy(min_labelled=0.5, min_rows=10)
 
 
 @pytest.mark.parametrize(

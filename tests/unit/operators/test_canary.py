@@ -12,7 +12,16 @@ from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError
 from airflow_mlops.hooks.ray_serve import RayServeHook
 from airflow_mlops.operators.canary import CanaryPromoteOperator
 
-CONTEXT = {"ti": SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=-1)}
+PUSHED = {}
+CONTEXT = {
+    "ti": SimpleNamespace(
+        dag_id="d",
+        task_id="t",
+        run_id="r",
+        map_index=-1,
+        xcom_push=lambda key, value: PUSHED.update({key: value}),
+    )
+}
 
 
 def operator(**options):
@@ -63,7 +72,8 @@ def test_deferring_hands_everything_to_the_trigger():
         operator(deferrable=True, policy={"steps": [5, 100]}, mlflow_tracking_uri="http://mlflow").execute(CONTEXT)
     _, arguments = deferred.value.trigger.serialize()
     arguments = json.loads(json.dumps(arguments, allow_nan=False))
-    assert arguments["spec"]["owner"] == "d/t/r/-1" and arguments["spec"]["policy"]["steps"] == [5, 100]
+    assert (arguments["spec"]["owner"], arguments["spec"]["attempt"]) == ("d/t/r/-1", 3)
+    assert arguments["spec"]["policy"]["steps"] == [5, 100]
     assert [guard["name"] for guard in arguments["spec"]["guardrails"]] == ["errors", "latency"]
     assert arguments["route"]["runtime_env"] == {"env_vars": {"MLFLOW_TRACKING_URI": "http://mlflow"}}
 
@@ -73,8 +83,12 @@ def test_what_becomes_of_a_verdict():
     event = {"status": "done", "result": rollback}
     with pytest.raises(AirflowFailException, match="rolled back: errors"):
         operator().execute_complete(CONTEXT, event)
+    assert PUSHED["return_value"] == rollback
+    PUSHED.clear()
     with pytest.raises(AirflowSkipException, match="rolled back: errors"):
         operator(on_rollback="skip").execute_complete(CONTEXT, event)
+    # A rollback that skips is still on record, whole and by key.
+    assert {"return_value": rollback, **rollback} == PUSHED
     assert operator(on_rollback="return").execute_complete(CONTEXT, event) == rollback
     with pytest.raises(ExternalSystemError, match="gone"):
         operator().execute_complete(CONTEXT, {"status": "error", "error": "gone", "retryable": True})
