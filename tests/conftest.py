@@ -16,5 +16,7 @@ os.environ.update(
     GIT_PYTHON_REFRESH="quiet",
     MLFLOW_DISABLE_TELEMETRY="true",
     RAY_USAGE_STATS_ENABLED="0",
+    # Ray on one machine: it listens on the loopback address only.
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     DVC_NO_ANALYTICS="1",
 )

@@ -19,6 +19,8 @@ from airflow_mlops.embedded.processes import Service, free_port
 
 # The path of a Unix socket has at most 107 bytes; Ray adds up to 70 to its temporary folder.
 _LONGEST_TEMP_DIR = 107 - 70
+#: Ray takes 127.0.0.1 for the machine's outward address and listens there, unless it is told to stay on one machine.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 class RayHead:
@@ -55,7 +57,7 @@ class RayHead:
         self._object_store_mb = object_store_mb
         self.port = port or free_port()
         self.dashboard_port = dashboard_port or free_port()
-        self._fixed = [free_port() for _ in range(4)]
+        self._fixed = [free_port() for _ in range(5)]
         self.service: Service | None = None
         self._session = requests.Session()
         self._session.headers["Authorization"] = f"Bearer {token}"
@@ -63,7 +65,7 @@ class RayHead:
     @staticmethod
     def client_env(token: str) -> dict[str, str]:
         """What a process needs in its environment to talk to this cluster."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **LOOPBACK_ONLY}
 
     @property
     def dashboard_url(self) -> str:
@@ -78,7 +80,7 @@ class RayHead:
     def start(self) -> None:
         """Start the head; returns before it is healthy."""
         temp = self._temp_dir()
-        agent, grpc, metrics, runtime_env = self._fixed
+        agent, grpc, metrics, runtime_env, client = self._fixed
         flags = {
             "--node-ip-address": "127.0.0.1",
             "--port": self.port,
@@ -87,6 +89,7 @@ class RayHead:
             "--dashboard-agent-listen-port": agent,
             "--dashboard-agent-grpc-port": grpc,
             "--metrics-export-port": metrics,
+            "--ray-client-server-port": client,
             "--runtime-env-agent-port": runtime_env,
             # Zero lets each worker pick a free port; the default range is shared with any other Ray here.
             "--min-worker-port": 0,

@@ -151,6 +151,8 @@ def _prepare_own_ray() -> None:
     # Without a token of its own Ray would write one into the home directory, which may not be writable.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     os.environ.pop("RAY_ADDRESS", None)
+    # Told that it is on one machine, Ray listens on the loopback address and not on the outward one.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def _start_ray(spec: TrainingSpec) -> None:
