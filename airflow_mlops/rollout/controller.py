@@ -32,6 +32,7 @@ class RolloutSpec:
     :param stable_version: champion's version; blank when there is none
     :param stable_uri: its model directory or URI
     :param owner: who rolls out, the same for every attempt of one task
+    :param attempt: of the task; a later one takes the rollout over from an earlier one
     :param policy: steps, error rates, deadline
     :param guardrails: what must not get worse
     :param poll_interval: seconds between looks
@@ -48,6 +49,7 @@ class RolloutSpec:
     guardrails: tuple[Guardrail, ...] = ()
     poll_interval: float = 5.0
     ttl: float = 60.0
+    attempt: int = 1
 
     def __post_init__(self) -> None:
         for name in ("model", "version", "uri", "owner"):
@@ -64,11 +66,15 @@ class RolloutSpec:
                 "of at least three looks, so that one late look does not end the rollout"
             )
 
+    @property
+    def rules(self) -> dict[str, Any]:
+        """What the judge's state belongs to: under other rules it says nothing."""
+        return {"policy": self.policy.to_json(), "guardrails": [guard.to_json() for guard in self.guardrails]}
+
     def to_json(self) -> dict[str, Any]:
         """Plain Python types."""
         value = asdict(self)
-        value.update(policy=self.policy.to_json(), guardrails=[guard.to_json() for guard in self.guardrails])
-        return value
+        return value | self.rules
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RolloutSpec:
@@ -122,7 +128,7 @@ async def run_rollout(
     since: dict[str, Any] = {"time": clock(), "look": judge.looks, "requests": list(judge.requests)}
     while True:
         state = await _look(route)
-        if not isinstance(state, str) and (state.get("rollout") or {}).get("owner") != spec.owner:
+        if not isinstance(state, str) and not _holds(state, spec):
             raise ConcurrentChangeError(
                 f"the rollout {spec.owner} was ended from outside: its task was killed, or another one took the route"
             )
@@ -160,6 +166,12 @@ async def run_rollout(
                 raise
         if verdict.decision != PROMOTE_STEP:
             await sleep(spec.poll_interval)
+
+
+def _holds(state: Mapping[str, Any], spec: RolloutSpec) -> bool:
+    """Whether the route's rollout is that of ``spec``, and no later attempt has taken it over."""
+    annotation = state.get("rollout") or {}
+    return annotation.get("owner") == spec.owner and int(annotation.get("attempt", 1)) <= spec.attempt
 
 
 async def _look(route: Route) -> dict[str, Any] | str:
@@ -213,8 +225,9 @@ async def prepare(route: Route, spec: RolloutSpec) -> tuple[Judge | None, dict[s
     if mine and annotation.get("finished"):
         return None, annotation["finished"]
     await route.claim(spec.owner, spec.ttl)
-    if mine and annotation.get("judge") and state["canary"]:
+    if mine and annotation.get("judge") and annotation.get("rules") == spec.rules and state["canary"]:
         judge = Judge(spec.policy, spec.guardrails, annotation["judge"])
+        annotation = {**annotation, "attempt": spec.attempt}
         await route.set_router(weight=float(judge.weight), rollout=annotation)
         await route.renew(spec.owner, spec.ttl, annotation)
         return judge, annotation
@@ -231,7 +244,14 @@ async def prepare(route: Route, spec: RolloutSpec) -> tuple[Judge | None, dict[s
     if spec.stable_version and versions[stable] != spec.stable_version:
         stable = await _restore_stable(route, spec, state)
         versions = (await route.state())["versions"]
-    saved = {"owner": spec.owner, "model": spec.model, "version": spec.version, "previous": versions[stable]}
+    saved = {
+        "owner": spec.owner,
+        "attempt": spec.attempt,
+        "model": spec.model,
+        "version": spec.version,
+        "previous": versions[stable],
+        "rules": spec.rules,
+    }
     idle = SLOTS[1 - SLOTS.index(stable)]
     try:
         await _keeping(route, spec, route.load(idle, spec.version, spec.uri))
@@ -304,13 +324,12 @@ async def finish(route: Route, spec: RolloutSpec, result: Mapping[str, Any]) -> 
 
 
 async def abort(route: Route, spec: RolloutSpec) -> bool:
-    """Give all traffic back to stable because the task was killed; ``False`` when this owner has nothing running.
+    """Give all traffic back to stable because the task was killed; ``False`` when this attempt has nothing running.
 
-    A later start of the same task begins a new rollout.
+    A later start of the same task begins a new rollout; one that has taken this one over already is left alone.
     """
     state = await route.state()
-    annotation = state.get("rollout") or {}
-    if annotation.get("owner") != spec.owner or annotation.get("finished"):
+    if not _holds(state, spec) or state["rollout"].get("finished"):
         return False
     await route.stop(spec.owner)
     await route.set_router(canary=None, weight=0.0, rollout=None)

@@ -159,9 +159,13 @@ class Book:
             return
         if action == "renew" and self.owner != owner:
             raise ConcurrentChangeError(f"{owner} does not hold this route (any more); claim it first")
+        annotation = request.get("annotation")
+        if annotation is not None:
+            attempts = [int(each.get("attempt", 1)) for each in (annotation, self.annotation)]
+            if self.annotation.get("owner") == owner and attempts[0] < attempts[1]:
+                raise ConcurrentChangeError(f"attempt {attempts[1]} of {owner} has taken the rollout over")
+            self.annotation = dict(annotation)
         self.owner, self.lease_until = owner, now + float(request.get("ttl") or 60.0)
-        if request.get("annotation") is not None:
-            self.annotation = dict(request["annotation"])
 
     def state(self, now: float) -> dict[str, Any]:
         """What is really routed, the counters of the versions in the slots, and the rollout."""

@@ -19,6 +19,7 @@ CONTEXT = {
         task_id="t",
         run_id="r",
         map_index=-1,
+        try_number=3,
         xcom_push=lambda key, value: PUSHED.update({key: value}),
     )
 }

@@ -57,6 +57,15 @@ def test_two_rollouts_refuse_each_other():
         made.change({"action": "renew", "owner": "me", "ttl": 60}, now=62.0)
 
 
+def test_an_earlier_attempt_does_not_write_over_a_later_one():
+    made = book()
+    made.change({"action": "renew", "owner": "me", "annotation": {"owner": "me", "attempt": 2}}, now=1.0)
+    with pytest.raises(ConcurrentChangeError, match="attempt 2 of me has taken the rollout over"):
+        made.change({"action": "renew", "owner": "me", "annotation": {"owner": "me", "attempt": 1}}, now=2.0)
+    assert made.annotation["attempt"] == 2
+    made.change({"action": "renew", "owner": "me", "annotation": {"owner": "me", "attempt": 3}}, now=3.0)
+
+
 def test_stop_takes_effect_at_once_and_frees_the_route():
     made = book(100)
     made.change({"action": "stop", "owner": "me"}, now=1.0)

@@ -16,7 +16,15 @@ from airflow_mlops.rollout.replay import areplay, frame_rows, rollout_begun, rol
 @pytest.fixture
 async def route():
     """Records what it gets; request ids that end in 7 fail."""
-    seen = {"single": [], "batched": [], "labels": [], "busy": 0, "most_busy": 0, "state": {"rollout": {}}}
+    seen = {
+        "single": [],
+        "batched": [],
+        "labels": [],
+        "busy": 0,
+        "most_busy": 0,
+        "sent_before_labels": [],
+        "state": {"rollout": {}},
+    }
 
     def answer(item):
         failed = item["request_id"].endswith("7")
@@ -35,6 +43,7 @@ async def route():
         return web.json_response(answer(body), status=500 if "error" in answer(body) else 200)
 
     async def feedback(request):
+        seen["sent_before_labels"].append(len(seen["single"]) + len(seen["batched"]))
         seen["labels"] += [(item["request_id"], item["label"]) for item in (await request.json())["items"]]
         return web.json_response({})
 
@@ -64,6 +73,13 @@ async def test_every_row_is_sent_once_and_labelled_unless_it_failed(route):
     assert sorted(route["labels"]) == sorted(good)
     assert (report.requests, report.failed, report.labels, report.arms) == (100, 10, 90, {"stable": 90})
     assert 1 < route["most_busy"] <= 4 and "unknown carrier" in report.errors[0]
+
+
+async def test_labels_follow_their_requests_while_the_replay_goes_on(route):
+    """A judge of losses would else see no label before the traffic is over."""
+    await areplay(route["url"], rows(400), concurrency=2, labels_per_call=50)
+    assert len(route["sent_before_labels"]) >= 8
+    assert 50 <= route["sent_before_labels"][0] < 100 and route["sent_before_labels"][3] < 300
 
 
 async def test_it_stops_when_the_rollout_is_settled_and_waits_for_its_beginning(route):
