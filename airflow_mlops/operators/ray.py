@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.configuration import conf
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout
 
 from airflow_mlops import storage
 from airflow_mlops.exceptions import (
@@ -20,13 +18,13 @@ from airflow_mlops.exceptions import (
     ConcurrentChangeError,
     ExternalSystemError,
     InvalidInputError,
-    MlopsError,
     TrainingError,
 )
 from airflow_mlops.hooks.ray import LOG_TAIL, RayJobsHook
 from airflow_mlops.links import RAY_ATTEMPT, RayDashboardLink
+from airflow_mlops.operators._ray import JobsRunner, Progress, Runner
 from airflow_mlops.shell import permanent_errors_fail
-from airflow_mlops.training.decide import ACTIVE, FINAL, Action, Observation, Patience, next_action
+from airflow_mlops.training.decide import ACTIVE, FINAL, Action, Observation, next_action
 from airflow_mlops.training.fence import wait_until_free
 from airflow_mlops.training.local import LocalRunner
 from airflow_mlops.training.result import TrainingResult, read_result
@@ -37,115 +35,6 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
 MODES = ("local", "jobs")
-
-
-class Runner(Protocol):
-    """Where attempts run: starts, follows and stops them; decides nothing."""
-
-    def start(self, spec: TrainingSpec, spec_uri: str) -> bool:
-        """Start an attempt, or adopt the one of that name; False if that one is over already."""
-
-    def wait(self, spec: TrainingSpec) -> Observation:
-        """Wait until the attempt is over, lost or out of reach."""
-
-    def stop(self, spec: TrainingSpec) -> None:
-        """End the attempt and return when it has ended."""
-
-    def tail(self, spec: TrainingSpec) -> str:
-        """The end of the driver's log."""
-
-
-class JobsRunner:
-    """Attempts as jobs of a Ray cluster.
-
-    :param hook: the cluster
-    :param python: Python on the cluster; None: ``python``, or this interpreter if the cluster is on this machine
-    :param runtime_env: Ray runtime environment of the job
-    :param poll_interval: seconds between two looks
-    :param unreachable_timeout: seconds that the dashboard may be away
-    :param stop_timeout: seconds that a stopped job has to end
-    :param metadata: shown in Ray's dashboard
-    """
-
-    def __init__(
-        self,
-        hook: RayJobsHook,
-        *,
-        python: str | None,
-        runtime_env: Mapping[str, Any] | None,
-        poll_interval: float,
-        unreachable_timeout: float,
-        stop_timeout: float,
-        metadata: Mapping[str, str],
-    ) -> None:
-        self.hook = hook
-        self._python, self._runtime_env, self._metadata = python, dict(runtime_env or {}), dict(metadata)
-        self._poll_interval, self._unreachable_timeout = poll_interval, unreachable_timeout
-        self._stop_timeout = stop_timeout
-
-    def start(self, spec: TrainingSpec, spec_uri: str) -> bool:
-        """Submit the attempt's driver; a job of its name is adopted, False if that is over already."""
-        threads = int((spec.resources_per_worker or {}).get("CPU", 1)) or 1
-        env_vars = {
-            # Ray kills a stopped job after 3 s unless told otherwise.
-            "RAY_JOB_STOP_WAIT_TIME_S": str(int(self._stop_timeout)),
-            "OMP_NUM_THREADS": str(threads),
-            "PYTHONUNBUFFERED": "1",
-            # A process less where nobody preempts the machine.
-            **({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if self._on_this_machine else {}),
-            **self._runtime_env.get("env_vars", {}),
-        }
-        created = self.hook.submit(
-            submission_id_of(spec),
-            f"exec {shlex.quote(self._interpreter())} -m airflow_mlops.training --spec {shlex.quote(spec_uri)}",
-            runtime_env={**self._runtime_env, "env_vars": env_vars},
-            metadata={**self._metadata, "run_key": spec.run_key, "attempt": str(spec.attempt)},
-        )
-        return created or self.peek(spec).status not in FINAL
-
-    def peek(self, spec: TrainingSpec) -> Observation:
-        """How the attempt is now."""
-        return self.hook.observe(submission_id_of(spec))
-
-    def wait(self, spec: TrainingSpec) -> Observation:
-        """Look until the attempt is over, lost or out of reach."""
-        patience = Patience(self._unreachable_timeout)
-        while True:
-            seen: Observation | None
-            try:
-                seen = self.peek(spec)
-                patience.answered()
-            except ExternalSystemError as error:
-                seen = patience.silent(time.monotonic(), str(error))
-            if seen is not None and seen.status in FINAL:
-                return seen
-            time.sleep(self._poll_interval)
-
-    def stop(self, spec: TrainingSpec) -> None:
-        """Stop the job and wait until it has ended.
-
-        :raises ExternalSystemError: it has not within the stop timeout and 15 s
-        """
-        self.hook.stop(submission_id_of(spec))
-        deadline = time.monotonic() + self._stop_timeout + 15
-        while self.peek(spec).status in ACTIVE:
-            if time.monotonic() > deadline:
-                raise ExternalSystemError(f"Ray job {submission_id_of(spec)} was asked to stop and still runs")
-            time.sleep(0.5)
-
-    def tail(self, spec: TrainingSpec) -> str:
-        """The end of the job's log, or why it cannot be had."""
-        try:
-            return "\n".join(self.hook.logs(submission_id_of(spec)).splitlines()[-LOG_TAIL:])
-        except MlopsError as error:
-            return f"(the job's log cannot be read: {error})"
-
-    @property
-    def _on_this_machine(self) -> bool:
-        return urlsplit(self.hook.endpoint.address).hostname in ("127.0.0.1", "localhost", "::1")
-
-    def _interpreter(self) -> str:
-        return self._python or (sys.executable if self._on_this_machine else "python")
 
 
 class RayTrainOperator(BaseOperator):
@@ -287,54 +176,64 @@ class RayTrainOperator(BaseOperator):
                 if plan.adoptable:
                     self.log.info("attempt %d of an earlier try still runs: following it", previous.attempt)
                     self._announce(context, previous)
-                    return self._follow(context, previous, 0)
+                    return self._follow(context, Progress(previous, adopted=True))
                 runner.stop(previous)
             if plan.wipe:
                 self.log.warning("%s is emptied: %s", spec.run_dir, plan.wipe)
                 wait_until_free(spec, self.fence_timeout)
                 wipe_run(spec)
             spec = self._start(context, spec.with_attempt(plan.previous + 1))
-            return self._follow(context, spec, 0)
+            return self._follow(context, Progress(spec))
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
         """Go on after the wait in the triggerer, with what the event says alone."""
         with permanent_errors_fail():
-            spec = TrainingSpec.from_json(event["state"]["spec"])
+            progress = Progress.from_json(event["state"])
             if "error" in event:
                 raise InvalidInputError(event["error"])
             self._make_runner(context)
-            return self._follow(context, spec, event["state"]["restarts"], Observation(**event["seen"]))
+            if event.get("timed_out"):
+                self._current = progress.spec
+                self._stop_current()
+                raise AirflowTaskTimeout(
+                    f"training in {progress.spec.run_dir} took longer than {self.execution_timeout}"
+                )
+            return self._follow(context, progress, Observation(**event["seen"]))
 
     def on_kill(self) -> None:
         """End what runs: the child process always, a job if ``cancel_on_kill``."""
         self._killed = True
+        self._stop_current()
+
+    def _stop_current(self) -> None:
         if self._runner is not None and self._current is not None and (self.mode == "local" or self.cancel_on_kill):
             self.log.info("stopping attempt %d in %s", self._current.attempt, self._current.run_dir)
             self._runner.stop(self._current)
 
-    def _follow(
-        self, context: Context, spec: TrainingSpec, restarts: int, seen: Observation | None = None
-    ) -> dict[str, Any]:
+    def _follow(self, context: Context, progress: Progress, seen: Observation | None = None) -> dict[str, Any]:
         runner = self._runner
         assert runner is not None
         while True:
-            self._current = spec
-            seen = seen or self._wait(runner, spec, restarts)
+            spec = self._current = progress.spec
+            seen = seen or self._wait(runner, progress)
             if self._killed:
                 seen = Observation("STOPPED", message="The task was killed.")
             result = read_result(spec)
-            action = next_action(seen, result, spec.attempt, restarts, self.max_restarts)
+            adopted = progress.adopted and not self._killed
+            action = next_action(seen, result, spec.attempt, progress.restarts, self.max_restarts, adopted)
             if action.kind == "succeed" and result is not None:
                 return self._outcome(spec, result)
             if action.kind == "restart":
                 self.log.warning("%s Starting attempt %d.", action.reason, spec.attempt + 1)
                 runner.stop(spec)
-                spec, restarts = self._start(context, spec.with_attempt(spec.attempt + 1)), restarts + 1
+                spec = self._start(context, spec.with_attempt(spec.attempt + 1))
+                progress = Progress(spec, progress.restarts + 1, deadline=progress.deadline)
             elif action.kind == "fail":
                 raise self._error(action, spec, result)
             seen = None
 
-    def _wait(self, runner: Runner, spec: TrainingSpec, restarts: int) -> Observation:
+    def _wait(self, runner: Runner, progress: Progress) -> Observation:
+        spec = progress.spec
         if not (self.deferrable and isinstance(runner, JobsRunner)):
             return runner.wait(spec)
         try:
@@ -344,6 +243,9 @@ class RayTrainOperator(BaseOperator):
         else:
             if seen.status in FINAL:
                 return seen
+        # Airflow's own timeout runs only while a worker is held.
+        if self.execution_timeout and progress.deadline is None:
+            progress = replace(progress, deadline=time.time() + self.execution_timeout.total_seconds())
         from airflow_mlops.triggers.ray import RayJobTrigger
 
         self.defer(
@@ -354,7 +256,8 @@ class RayTrainOperator(BaseOperator):
                 poll_interval=self.poll_interval,
                 unreachable_timeout=self.unreachable_timeout,
                 cancel_on_kill=self.cancel_on_kill,
-                state={"spec": spec.to_json(), "restarts": restarts},
+                deadline=progress.deadline,
+                state=progress.to_json(),
             ),
             method_name="execute_complete",
         )
@@ -364,12 +267,16 @@ class RayTrainOperator(BaseOperator):
         runner = self._runner
         assert runner is not None
         while True:
+            if self._killed:
+                raise AirflowFailException(f"the task was killed before attempt {spec.attempt} was started")
             self._current = spec
             self._ship(spec)
             uri = begin_attempt(spec)
             self._announce(context, spec)
             self.log.info("attempt %d in %s (%s mode)", spec.attempt, spec.run_dir, self.mode)
             if runner.start(spec, uri):
+                if self._killed:  # while it was being started, when there was nothing to stop yet
+                    self._stop_current()
                 return spec
             result = read_result(spec)
             if result is not None and result.attempt == spec.attempt:

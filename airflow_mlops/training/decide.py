@@ -44,7 +44,12 @@ class Action:
 
 
 def next_action(
-    seen: Observation, result: TrainingResult | None, attempt: int, restarts: int, max_restarts: int
+    seen: Observation,
+    result: TrainingResult | None,
+    attempt: int,
+    restarts: int,
+    max_restarts: int,
+    adopted: bool = False,
 ) -> Action:
     """The rule for every pair of what is seen and what the run directory holds.
 
@@ -55,6 +60,8 @@ def next_action(
     :param result: what the run directory holds, of whichever attempt; None if nothing
     :param restarts: restarts already made by this task
     :param max_restarts: restarts allowed
+    :param adopted: whether an earlier try of the task started the attempt: clearing a task stops its attempt, which
+        the next try may find still running; that stop was not meant for it
     """
     if seen.status not in FINAL:
         return Action("wait", f"attempt {attempt} is {seen.status}")
@@ -63,7 +70,10 @@ def next_action(
         return Action("succeed", f"attempt {attempt} finished")
     if seen.status == "SUCCEEDED":
         return Action("fail", f"attempt {attempt} ended well but left no result in the run directory", "app")
-    if seen.status == "STOPPED" or (own is not None and own.exit_class == "stopped"):
+    # Only the system knows a stop that was asked for: a driver is also ended by a machine that goes down.
+    if seen.status == "STOPPED" and adopted:
+        return Action("restart", f"attempt {attempt} was stopped with the earlier try that had started it.")
+    if seen.status == "STOPPED":
         return Action("fail", f"attempt {attempt} was stopped. {seen.message}".strip(), "stopped")
     if own is not None and own.exit_class == "app":
         return Action("fail", f"attempt {attempt} failed in the training code", "app")

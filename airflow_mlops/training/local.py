@@ -77,7 +77,8 @@ class LocalRunner:
     def wait(self, spec: TrainingSpec) -> Observation:
         """Wait for the driver to end; whatever it leaves running is ended too."""
         process = self._process
-        assert process is not None
+        if process is None:
+            return Observation("STOPPED", message="The task was killed.")
         try:
             # Not process.wait(): stop() may be called from a signal handler in the middle of it, and its lock is held.
             while start_time(process.pid) is not None:

@@ -17,8 +17,8 @@ from airflow_mlops.training.decide import FINAL, Observation, Patience
 class RayJobTrigger(BaseTrigger):
     """Fires once when a Ray job is over, lost, or its cluster has been silent for too long.
 
-    The event is ``{"seen": {"status", "exit_code", "message"}, "state": state}``, or ``{"error", "state"}`` where
-    asking again is pointless. What to do about it is the task's decision.
+    The event is ``{"seen": {"status", "exit_code", "message"}, "state": state}``, ``{"error", "state"}`` where asking
+    again is pointless, or ``{"timed_out": true, "state"}``. What to do about it is the task's decision.
 
     :param submission_id: the job
     :param ray_conn_id: connection of type ``ray``
@@ -26,6 +26,7 @@ class RayJobTrigger(BaseTrigger):
     :param poll_interval: seconds between two looks
     :param unreachable_timeout: seconds that the dashboard may be away, for example while the head restarts
     :param cancel_on_kill: stop the job when a user clears the task or sets its state
+    :param deadline: Unix time until which to wait, None for ever
     :param state: handed back with the event, so that the task needs no memory of its own
     """
 
@@ -39,11 +40,12 @@ class RayJobTrigger(BaseTrigger):
         unreachable_timeout: float,
         cancel_on_kill: bool,
         state: dict[str, Any],
+        deadline: float | None = None,
     ) -> None:
         super().__init__()
         self.submission_id, self.ray_conn_id, self.address = submission_id, ray_conn_id, address
         self.poll_interval, self.unreachable_timeout = poll_interval, unreachable_timeout
-        self.cancel_on_kill, self.state = cancel_on_kill, state
+        self.cancel_on_kill, self.deadline, self.state = cancel_on_kill, deadline, state
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Class path and constructor arguments."""
@@ -54,6 +56,7 @@ class RayJobTrigger(BaseTrigger):
             "poll_interval",
             "unreachable_timeout",
             "cancel_on_kill",
+            "deadline",
             "state",
         )
         return "airflow_mlops.triggers.ray.RayJobTrigger", {name: getattr(self, name) for name in names}
@@ -78,6 +81,9 @@ class RayJobTrigger(BaseTrigger):
                 return
             if seen is not None and seen.status in FINAL:
                 yield TriggerEvent({"seen": vars(seen), "state": self.state})
+                return
+            if self.deadline is not None and time.time() >= self.deadline:
+                yield TriggerEvent({"timed_out": True, "state": self.state})
                 return
             await asyncio.sleep(self.poll_interval)
 

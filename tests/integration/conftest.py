@@ -1,7 +1,8 @@
-"""A real MLflow on SQLite and real XGBoost models, made once and copied for each test."""
+"""What many tests share: a real MLflow on SQLite, real XGBoost models, a real Ray head."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +80,38 @@ def mlflow_hook(mlflow_uri) -> Any:
     from airflow_mlops.hooks.mlflow import MlflowHook
 
     return MlflowHook(tracking_uri=mlflow_uri)
+
+
+# An application of somebody else on the same Serve.
+OTHER_APPLICATION = """
+from ray import serve
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+def hello(request):
+    return "hello"
+
+app = hello.bind()
+"""
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory) -> Any:
+    """A Ray head with token authentication for all tests that need a cluster: its start takes many seconds."""
+    from airflow_mlops.embedded.processes import free_port
+    from airflow_mlops.embedded.ray_head import RayHead, remove_files
+
+    root, token = tmp_path_factory.mktemp("ray"), "token-of-the-test-cluster"
+    (root / "other_app.py").write_text(OTHER_APPLICATION)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.getcwd()])}
+    head = RayHead(root, env=env, token=token, num_cpus=4)
+    head.start()
+    try:
+        head.wait_healthy(240)
+        serve_url = f"http://127.0.0.1:{free_port()}"
+        yield SimpleNamespace(dashboard_url=head.dashboard_url, serve_url=serve_url, token=token, pid=head.service.pid)
+    finally:
+        head.stop()
+        remove_files(root)
 
 
 class TaskInstance:

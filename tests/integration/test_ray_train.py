@@ -16,7 +16,6 @@ import pytest
 from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 
 from airflow_mlops import storage
-from airflow_mlops.embedded.ray_head import RayHead
 from airflow_mlops.exceptions import TrainingError
 from airflow_mlops.operators.ray import RayTrainOperator
 from airflow_mlops.training.fence import read_owner
@@ -26,7 +25,6 @@ from airflow_mlops.training.spec import TrainingSpec
 pytestmark = pytest.mark.ray
 
 FEATURES = ["a", "b", "c"]
-TOKEN = "0123456789abcdef" * 2
 
 # A loop that says where it is, one checkpoint per step; rank 0 dies or waits where the config says.
 LOOP = """
@@ -82,20 +80,9 @@ def loop_dir(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    head = RayHead(tmp_path_factory.mktemp("ray"), env=dict(os.environ), token=TOKEN, num_cpus=4)
-    head.start()
-    try:
-        head.wait_healthy(180)
-        yield head
-    finally:
-        head.stop()
-
-
 @pytest.fixture
-def jobs(cluster, monkeypatch):
-    connection = {"conn_type": "ray", "host": cluster.dashboard_url, "password": TOKEN}
+def jobs(ray_cluster, monkeypatch):
+    connection = {"conn_type": "ray", "host": ray_cluster.dashboard_url, "password": ray_cluster.token}
     monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(connection))
 
 
@@ -241,13 +228,6 @@ def test_lost_worker_process_is_resumed_by_the_next_try_with_the_undisturbed_res
     assert not left_behind(str(tmp_path))
 
 
-def test_application_error_ends_with_the_log(tmp_path, loop_dir):
-    with pytest.raises(TrainingError, match=r"(?s)the label column is all zero.*End of the driver's log"):
-        stepping(tmp_path, loop_dir, config={"fail_at": 2}, max_failures=0).execute({"ti": Task()})
-    assert len(trace(tmp_path)) == 3
-    assert not left_behind(str(tmp_path))
-
-
 def test_killed_task_leaves_nothing_running(tmp_path, loop_dir):
     op = stepping(tmp_path, loop_dir, config={"steps": 500, "pause": 0.2})
 
@@ -261,30 +241,6 @@ def test_killed_task_leaves_nothing_running(tmp_path, loop_dir):
     assert not left_behind(str(tmp_path))
     result = storage.read_json(str(tmp_path / "runs/r1/_mlops/result.json"))
     assert result["exit_class"] == "stopped"
-
-
-def test_too_many_workers_for_the_machine(tmp_path, loop_dir):
-    with pytest.raises(
-        TrainingError, match="5 workers with 1 CPU each need 5, and this machine has 2; lower num_workers"
-    ):
-        stepping(tmp_path, loop_dir, num_workers=5).execute({"ti": Task()})
-
-
-def test_torch(tmp_path):
-    pytest.importorskip("torch", reason="PyTorch is not installed")
-    result = RayTrainOperator(
-        task_id="train",
-        mode="local",
-        train_fn="airflow_mlops.examples.torch_loop:train_loop_per_worker",
-        trainer="torch",
-        config={"epochs": 2},
-        storage_path=str(tmp_path),
-        run_key="r1",
-        num_workers=2,
-        num_cpus=2,
-    ).execute({"ti": Task()})
-    assert result["metrics"]["epoch"] == 1 and 0 < result["metrics"]["loss"] < 1
-    assert result["model_uri"] is None and result["checkpoint_uri"]
 
 
 def test_job_killed_in_mid_run_is_restarted_and_a_second_driver_is_refused(tmp_path, loop_dir, jobs):
@@ -314,25 +270,52 @@ def test_job_killed_in_mid_run_is_restarted_and_a_second_driver_is_refused(tmp_p
     assert result["metrics"]["total"] == expected(6) and result["cpu_seconds"] > 1
 
 
-def test_deferred_job_is_adopted_and_killed_by_its_trigger(tmp_path, loop_dir, jobs):
+def test_cleared_task_goes_on_in_its_next_try_although_the_old_trigger_stops_the_job(tmp_path, loop_dir, jobs):
     import asyncio
 
-    op = stepping(tmp_path, loop_dir, mode="jobs", config={"steps": 500, "pause": 0.2}, deferrable=True)
-    with pytest.raises(TaskDeferred):
-        op.execute({"ti": Task()})
-    fresh = stepping(tmp_path, loop_dir, mode="jobs", config={"steps": 500, "pause": 0.2}, deferrable=True)
-    with pytest.raises(TaskDeferred) as deferred:
-        fresh.execute({"ti": Task()})
+    def fresh() -> RayTrainOperator:
+        return stepping(tmp_path, loop_dir, mode="jobs", config={"steps": 30, "pause": 0.2}, deferrable=True)
+
+    with pytest.raises(TaskDeferred) as first:
+        fresh().execute({"ti": Task()})
     wait_for(lambda: committed_checkpoint(spec_in(tmp_path)))
-    trigger = deferred.value.trigger
+    with pytest.raises(TaskDeferred) as second:
+        fresh().execute({"ti": Task()})
+    trigger = second.value.trigger
+    assert trigger.submission_id == first.value.trigger.submission_id, "the next try follows the job that runs"
 
-    async def kill_and_wait():
-        await trigger.on_kill()
-        return await asyncio.wait_for(anext(trigger.run()), 60)
+    async def clear_and_wait():
+        await first.value.trigger.on_kill()
+        return await asyncio.wait_for(anext(trigger.run()), 120)
 
-    event = asyncio.run(kill_and_wait())
-    with pytest.raises(AirflowFailException, match="was stopped"):
-        stepping(tmp_path, loop_dir, mode="jobs").execute_complete({"ti": Task()}, event.payload)
-    assert storage.read_json(str(tmp_path / "runs/r1/_mlops/attempt.json"))["attempt"] == 1
-    assert committed_checkpoint(spec_in(tmp_path))
-    wait_for(lambda: not read_owner(spec_in(tmp_path)).alive(time.time()), 30)
+    event = asyncio.run(clear_and_wait())
+    assert event.payload["seen"]["status"] == "STOPPED"
+    resumed = fresh()
+    resumed.deferrable = False
+    result = resumed.execute_complete({"ti": Task()}, event.payload)
+    assert result["attempts"] == 2 and result["resumed_from"]
+    assert result["metrics"]["total"] == expected(30)
+
+
+def test_application_error_ends_with_the_log(tmp_path, loop_dir, jobs):
+    op = stepping(tmp_path, loop_dir, mode="jobs", config={"fail_at": 2}, max_failures=0)
+    with pytest.raises(TrainingError, match=r"(?s)the label column is all zero.*End of the driver's log"):
+        op.execute({"ti": Task()})
+    assert len(trace(tmp_path)) == 3
+
+
+def test_torch(tmp_path, jobs):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    result = RayTrainOperator(
+        task_id="train",
+        mode="jobs",
+        train_fn="airflow_mlops.examples.torch_loop:train_loop_per_worker",
+        trainer="torch",
+        config={"epochs": 2},
+        storage_path=str(tmp_path),
+        run_key="r1",
+        num_workers=2,
+        poll_interval=0.3,
+    ).execute({"ti": Task()})
+    assert result["metrics"]["epoch"] == 1 and 0 < result["metrics"]["loss"] < 1
+    assert result["model_uri"] is None and result["checkpoint_uri"]

@@ -11,7 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
+from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout, TaskDeferred
 
 from airflow_mlops import storage
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, TrainingError
@@ -316,6 +316,75 @@ def test_next_try_follows_the_job_of_a_lost_worker(ray, tmp_path):
     (body,) = ray.submitted
     threading.Timer(0.2, lambda: ray.jobs.update({body["submission_id"]: finishes(body)})).start()
     assert run(operator(tmp_path), Task())["attempts"] == 1
+    assert len(ray.submitted) == 1
+
+
+@both
+def test_cleared_task_goes_on_after_the_stop_of_its_earlier_try(ray, tmp_path, deferrable):
+    """Clearing a deferred task ends its trigger, which stops the job, while the next try may already follow it."""
+    with pytest.raises(TaskDeferred) as first:
+        operator(tmp_path, deferrable=True).execute({"ti": Task()})
+    old = first.value.trigger
+    ray.play = finishes
+
+    def kill() -> None:
+        asyncio.run(old.on_kill())
+
+    threading.Timer(0.3, kill).start()
+    assert run(operator(tmp_path, deferrable=deferrable), Task())["attempts"] == 2
+    assert [spec_of(body).attempt for body in ray.submitted] == [1, 2]
+
+
+@both
+def test_stop_of_the_attempt_that_followed_is_one(ray, tmp_path, deferrable):
+    with pytest.raises(TaskDeferred):
+        operator(tmp_path, deferrable=True).execute({"ti": Task()})
+    first = ray.submitted[0]["submission_id"]
+    ray.play = lambda body: {"status": "STOPPED"}
+    threading.Timer(0.3, lambda: ray.jobs.update({first: {"status": "STOPPED"}})).start()
+    with pytest.raises(AirflowFailException, match="attempt 2 was stopped"):
+        run(operator(tmp_path, deferrable=deferrable), Task())
+    assert len(ray.submitted) == 2
+
+
+def test_deferred_task_is_held_to_its_execution_timeout_over_restarts(ray, tmp_path):
+    import datetime as dt
+
+    def play(body: dict) -> dict:
+        return {"status": "FAILED", "driver_exit_code": -9} if spec_of(body).attempt == 1 else {"status": "RUNNING"}
+
+    ray.play = play
+    task = operator(tmp_path, deferrable=True, execution_timeout=dt.timedelta(seconds=0.5))
+    with pytest.raises(AirflowTaskTimeout, match="took longer than"):
+        run(task, Task())
+    assert ray.stopped == [body["submission_id"] for body in ray.submitted] and len(ray.submitted) == 2
+
+
+def test_kill_while_an_attempt_is_being_started_stops_it(ray, tmp_path):
+    op = operator(tmp_path)
+
+    def play(body: dict) -> dict:
+        op.on_kill()
+        return {"status": "RUNNING"}
+
+    ray.play = play
+    with pytest.raises(AirflowFailException, match="was stopped"):
+        op.execute({"ti": Task()})
+    assert len(ray.submitted) == 1 and ray.jobs[ray.submitted[0]["submission_id"]]["status"] == "STOPPED"
+
+
+def test_kill_between_two_attempts_starts_no_other(ray, tmp_path, monkeypatch):
+    op = operator(tmp_path)
+    ray.play = lambda body: {"status": "FAILED", "driver_exit_code": -9}
+    stop = RayJobsHook.stop
+
+    def killed_meanwhile(hook: RayJobsHook, name: str) -> None:
+        stop(hook, name)
+        op._killed = True
+
+    monkeypatch.setattr(RayJobsHook, "stop", killed_meanwhile)
+    with pytest.raises(AirflowFailException, match="killed before attempt 2"):
+        op.execute({"ti": Task()})
     assert len(ray.submitted) == 1
 
 

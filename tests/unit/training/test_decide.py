@@ -45,14 +45,14 @@ TABLE = [
     ("FAILED", None, EARLIER, "restart", None),
     ("FAILED", EXIT_REFUSED, None, "fail", "refused"),
     ("FAILED", EXIT_REFUSED, EARLIER, "fail", "refused"),
-    ("FAILED", EXIT_STOPPED, STOPPED, "fail", "stopped"),
+    ("FAILED", EXIT_STOPPED, STOPPED, "restart", None),
     ("STOPPED", None, None, "fail", "stopped"),
     ("STOPPED", 143, STOPPED, "fail", "stopped"),
     ("STOPPED", None, INFRA, "fail", "stopped"),
     ("STOPPED", None, OK, "succeed", None),
     ("LOST", None, OK, "succeed", None),
     ("LOST", None, APP, "fail", "app"),
-    ("LOST", None, STOPPED, "fail", "stopped"),
+    ("LOST", None, STOPPED, "restart", None),
     ("LOST", None, INFRA, "restart", None),
     ("LOST", None, None, "restart", None),
     ("LOST", -9, EARLIER, "restart", None),
@@ -68,6 +68,19 @@ TABLE = [
 def test_final_state(status, code, result, kind, blame):
     action = next_action(Observation(status, code, "said"), result, 2, 0, 3)
     assert (action.kind, action.blame) == (kind, blame), action.reason
+
+
+@pytest.mark.parametrize("result", [None, STOPPED, INFRA])
+@pytest.mark.parametrize(("restarts", "max_restarts"), [(0, 3), (0, 0)])
+def test_stop_of_an_attempt_that_an_earlier_try_started_was_meant_for_that_try(result, restarts, max_restarts):
+    action = next_action(Observation("STOPPED"), result, 2, restarts, max_restarts, adopted=True)
+    assert action.kind == "restart"
+
+
+@pytest.mark.parametrize(("status", "code", "result", "kind", "blame"), [row for row in TABLE if row[0] != "STOPPED"])
+def test_adoption_changes_nothing_else(status, code, result, kind, blame):
+    action = next_action(Observation(status, code), result, 2, 0, 3, adopted=True)
+    assert (action.kind, action.blame) == (kind, blame)
 
 
 def test_table_has_every_final_status():
