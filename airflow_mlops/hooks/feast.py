@@ -83,11 +83,12 @@ class FeastHook(BaseHook):
 
         :raises InvalidInputError: an environment variable is not set, or Feast refuses the content
         """
+        # Before Feast is loaded, which takes seconds.
+        text = os.path.expandvars((self.repo_path / CONFIG_FILE).read_text())
         import yaml
         from feast.repo_config import RepoConfig
         from pydantic import ValidationError
 
-        text = os.path.expandvars((self.repo_path / CONFIG_FILE).read_text())
         try:
             raw = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -111,9 +112,10 @@ class FeastHook(BaseHook):
     @cached_property
     def store(self) -> FeatureStore:
         """The feature store of this repository; Feast is imported here."""
+        config = self.config
         from feast import FeatureStore
 
-        return FeatureStore(config=self.config)
+        return FeatureStore(config=config)
 
     def service(self, name: str) -> FeatureService:
         """The feature service called ``name``.
