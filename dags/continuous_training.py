@@ -107,7 +107,8 @@ with DAG(
         "rounds": Param(150, type="integer", minimum=10, maximum=2000, title="Boosting rounds", section="Training"),
         "num_workers": Param(2, type="integer", minimum=1, maximum=64, title="Ray workers", section="Training"),
         "canary_steps": Param(
-            [10, 50, 100], type="array", items={"type": "number"}, title="Canary steps in percent", section="Canary",
+            [10, 50, 100], type="array", items={"type": "number"}, minItems=2, title="Canary steps in percent",
+            section="Canary",
             description="Shares of the traffic the challenger gets, rising, the last one 100.",
         ),
     },
