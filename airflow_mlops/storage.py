@@ -35,11 +35,18 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(uri)
 
 
+def _fresh_filesystem(uri: str) -> tuple[Any, str]:
+    fs, path = _filesystem(uri)
+    # A listing remembered from before would hide what other processes have written since.
+    fs.invalidate_cache()
+    return fs, path
+
+
 def exists(uri: str) -> bool:
     """Whether something is stored at ``uri``."""
     if is_local(uri):
         return os.path.exists(local_path(uri))
-    fs, path = _filesystem(uri)
+    fs, path = _fresh_filesystem(uri)
     return fs.exists(path)
 
 
@@ -97,7 +104,7 @@ def list_files(folder: str, suffix: str = "") -> list[str]:
         names = os.listdir(path) if os.path.isdir(path) else []
         names = [name for name in names if os.path.isfile(os.path.join(path, name)) and not name.startswith(".tmp-")]
     else:
-        fs, path = _filesystem(folder)
+        fs, path = _fresh_filesystem(folder)
         entries = fs.ls(path, detail=True) if fs.exists(path) else []
         names = [entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file"]
     return [join(folder, name) for name in sorted(names) if name.endswith(suffix)]

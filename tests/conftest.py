@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 
 _home = tempfile.mkdtemp(prefix="airflow-mlops-test-")
 os.environ.update(
@@ -20,3 +24,24 @@ os.environ.update(
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     DVC_NO_ANALYTICS="1",
 )
+
+
+@pytest.fixture
+def s3(monkeypatch) -> Iterator[Any]:
+    """A boto3 client of an S3 with the bucket ``runs``; the environment leads every other client there too."""
+    boto3 = pytest.importorskip("boto3")
+    s3fs = pytest.importorskip("s3fs", reason="storage on S3 needs: pip install 'airflow-mlops[s3]'")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        values = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
+        for name, value in {**values, "DEFAULT_REGION": "us-east-1"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="runs")
+        yield client
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.stop()

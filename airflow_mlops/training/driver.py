@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -166,7 +166,15 @@ def _start_ray(spec: TrainingSpec) -> None:
     except Exception as error:
         where = "a local Ray cannot be started" if spec.ray_address is None else f"Ray at {spec.ray_address} is away"
         raise Clusterless(f"{where}: {type(error).__name__}: {error}") from error
-    have = ray.cluster_resources()
+    require_capacity(spec, ray.cluster_resources())
+
+
+def require_capacity(spec: TrainingSpec, have: Mapping[str, float]) -> None:
+    """Check that a Ray that does not grow can hold the workers, which would else be waited for in vain.
+
+    :param have: amount of each resource
+    :raises InvalidInputError: it cannot; says what is lacking
+    """
     needs = {"CPU": 1.0, **(spec.resources_per_worker or {})}
     if spec.use_gpu:
         needs.setdefault("GPU", 1.0)

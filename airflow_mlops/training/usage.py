@@ -69,12 +69,7 @@ class Meter:
     def _workers(self) -> float:
         if self.worker_dir is None:
             return 0.0
-        import fsspec
-
-        fs, path = fsspec.core.url_to_fs(self.worker_dir)
-        if not fs.exists(path):
-            return 0.0
-        return sum(float(fs.cat_file(name)) for name in fs.ls(path, detail=False) if name.endswith(".cpu"))
+        return sum(float(storage.read_bytes(uri)) for uri in storage.list_files(self.worker_dir, ".cpu"))
 
 
 def measured(train_fn: Callable[..., Any], worker_dir: str) -> Callable[..., Any]:

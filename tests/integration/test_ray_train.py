@@ -197,6 +197,42 @@ def whole_logloss(data: str, rounds: int) -> float:
     return history["train"]["logloss"][-1]
 
 
+def test_run_directory_on_s3(data, jobs, s3):
+    """Spec, owner, checkpoints, result and model all lie there; a killed driver is resumed from there."""
+    import mlflow.pyfunc
+
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    op = RayTrainOperator(
+        task_id="train",
+        mode="jobs",
+        train_fn="airflow_mlops.examples.xgboost_loop:train_loop_per_worker",
+        trainer="xgboost",
+        config={"data": data, "features": FEATURES, "label": "y", "rounds": 60, "checkpoint_every": 5},
+        storage_path="s3://runs/training",
+        run_key="r1",
+        env_vars=aws,
+        poll_interval=0.3,
+    )
+    spec = TrainingSpec("a:b", "xgboost", "s3://runs/training", "r1")
+    killed = []
+
+    def kill() -> None:
+        wait_for(lambda: committed_checkpoint(spec))
+        killed.append(read_owner(spec).pid)
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    result = op.execute({"ti": Task()})
+    thread.join(5)
+    assert killed and result["attempts"] == 2 and result["resumed_from"].startswith("s3://runs/training/r1/checkpoint")
+    assert result["model_uri"] == "s3://runs/training/r1/model" and result["cpu_seconds"] > 1
+    assert result["metrics"]["train-logloss"] == pytest.approx(whole_logloss(data, 60), abs=0.01)
+    model = mlflow.pyfunc.load_model(result["model_uri"])
+    assert 0 < model.predict(pd.read_parquet(data)[FEATURES]).mean() < 1
+    assert op.execute({"ti": Task()}) == result
+
+
 def test_lost_worker_process_is_resumed_by_the_next_try_with_the_undisturbed_result(tmp_path, loop_dir):
     """The process that ran the task dies: its driver goes with it, and the next try goes on at the last commit."""
     import subprocess

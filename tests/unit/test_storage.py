@@ -49,3 +49,13 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExternalSystemError, match=r"cannot write .*file/x"):
         storage.write_bytes(f"{tmp_path}/file/x", b"")
+
+
+def test_an_object_store_is_asked_again_for_what_others_have_written(s3):
+    """s3fs remembers listings; a driver would never see its workers' files."""
+    storage.write_json("s3://runs/w/1.json", {"n": 1})
+    assert storage.list_files("s3://runs/w") == ["s3://runs/w/1.json"]
+    assert not storage.exists("s3://runs/w/2.json")
+    s3.put_object(Bucket="runs", Key="w/2.json", Body=b"{}")
+    assert storage.list_files("s3://runs/w", ".json") == ["s3://runs/w/1.json", "s3://runs/w/2.json"]
+    assert storage.exists("s3://runs/w/2.json") and storage.read_json("s3://runs/w/1.json") == {"n": 1}

@@ -1,0 +1,40 @@
+"""What the driver decides without Ray; Ray itself is in tests/integration/test_ray_train.py."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from airflow_mlops.exceptions import InvalidInputError
+from airflow_mlops.training.driver import require_capacity, trainer_class
+from airflow_mlops.training.spec import TrainingSpec
+
+
+def spec(**changes) -> TrainingSpec:
+    return TrainingSpec("pkg.mod:loop", "torch", "/runs", "r1", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_workers": 5}, "5 workers with 1 CPU each need 5, and this machine has 2; lower num_workers"),
+        ({"num_workers": 2, "resources_per_worker": {"CPU": 1.5}}, "2 workers with 1.5 CPU each need 3"),
+        ({"use_gpu": True}, "1 workers with 1 GPU each need 1, and this machine has 0"),
+        ({"resources_per_worker": {"TPU": 4}}, "with 4 TPU each need 4"),
+    ],
+)
+def test_workers_that_do_not_fit_are_not_waited_for(changes, words):
+    with pytest.raises(InvalidInputError, match=words):
+        require_capacity(spec(**changes), {"CPU": 2.0, "memory": 1e9})
+
+
+@pytest.mark.parametrize("changes", [{"num_workers": 2}, {"num_workers": 4, "resources_per_worker": {"CPU": 0.5}}])
+def test_workers_that_just_fit(changes):
+    require_capacity(spec(**changes), {"CPU": 2.0})
+
+
+def test_library_of_a_trainer_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray.train.torch", None)
+    with pytest.raises(InvalidInputError, match=r"not installed where the driver runs.*airflow-mlops\[torch\]"):
+        trainer_class("torch")
