@@ -15,7 +15,7 @@ from pathlib import Path
 
 import requests
 
-from airflow_mlops.embedded.processes import Service, free_port
+from airflow_mlops.embedded.processes import Service, free_ports
 
 # The path of a Unix socket has at most 107 bytes; Ray adds up to 70 to its temporary folder.
 _LONGEST_TEMP_DIR = 107 - 70
@@ -55,9 +55,9 @@ class RayHead:
         self._token = token
         self._num_cpus = num_cpus
         self._object_store_mb = object_store_mb
-        self.port = port or free_port()
-        self.dashboard_port = dashboard_port or free_port()
-        self._fixed = [free_port() for _ in range(5)]
+        gcs, dashboard, *self._fixed = free_ports(7)
+        self.port = port or gcs
+        self.dashboard_port = dashboard_port or dashboard
         self.service: Service | None = None
         self._session = requests.Session()
         self._session.headers["Authorization"] = f"Bearer {token}"

@@ -204,3 +204,8 @@ def test_memory_counts_the_whole_tree(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert processes.memory_mb([process.pid]) == 0
+
+
+def test_free_ports_are_different():
+    """Asked for one after the other the same port can come twice, and Ray's parts would fight for it."""
+    assert len(set(processes.free_ports(500))) == 500
