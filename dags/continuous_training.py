@@ -218,6 +218,8 @@ with DAG(
             data_uri=month_set.output["uri"],
             features=month_set.output["features"],
             label_column=LABEL,
+            window_start=planned["window_start"],
+            window_end=planned["window_end"],
             predictions_uri=planned["predictions_uri"],
             experiment=f"{MODEL}/monitoring",
             doc_md="Scores the champion, and the first model of all, on the month once its labels are in.",

@@ -94,6 +94,8 @@ with DAG(
         data_uri=month_set.output["uri"],
         features=month_set.output["features"],
         label_column=LABEL,
+        window_start=prepared["window_start"],
+        window_end=prepared["window_end"],
         predictions_uri=prepared["predictions_uri"],
         experiment=f"{MODEL}/watch",
         doc_md="The champion's predictions for the month.",
