@@ -168,10 +168,11 @@ class DvcHook(BaseHook):
         staging, meta, obj = build(repo.cache.local, path, LocalFileSystem(), "md5")
         result = transfer(staging, odb, {obj.hash_info}, shallow=False, hardlink=False)
         if result.failed:
+            # The list of a folder's files fails with any of them.
+            files = sum(not one.isdir for one in result.failed)
             raise ExternalSystemError(
-                f"{len(result.failed)} of {meta.nfiles or 1} files of {path} could not be written to the DVC remote "
-                f"{self.remote_url}; the log above has each error. Check its free space and permissions, then retry: "
-                "what was sent is not sent again."
+                f"DVC remote {self.remote_url}: {files} of {meta.nfiles or 1} files of {path} were not written; the "
+                "log above names them. Check its free space and permissions, then retry: what was sent is not sent again."
             )
         return meta, obj, odb
 
@@ -198,6 +199,8 @@ class DvcHook(BaseHook):
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 reason = "the disk is full; free space there"
+            elif error.errno == errno.EROFS:
+                reason = "it is read-only; mount it for writing, or name another remote"
             elif isinstance(error, PermissionError):
                 reason = "no permission; let the worker's user or role read the data and write to the remote"
             else:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import filecmp
 import os
+import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -132,3 +135,40 @@ def test_s3(data, tmp_path, monkeypatch):
         assert same(data, tmp_path / "back")
     finally:
         server.stop()
+
+
+OTHER_DISK = """
+import subprocess, sys
+from airflow_mlops.exceptions import ExternalSystemError
+from airflow_mlops.hooks.dvc import DvcHook
+data, remote, back, options = sys.argv[1:]
+def mount(*arguments):
+    if subprocess.run(["mount", *arguments, remote]).returncode:
+        sys.exit(77)
+mount("-t", "tmpfs", "-o", options, "tmpfs")
+try:
+    DvcHook(remote_url=remote).snapshot(data)
+    sys.exit("a snapshot was made on " + options)
+except ExternalSystemError as error:
+    print(error)
+mount("-o", "remount,rw,size=10m")
+DvcHook(remote_url=remote).restore(DvcHook(remote_url=remote).snapshot(data).md5, back)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("size=100k", r"[12] of 3 files of .*Check its free space"), ("ro", "it is read-only; mount it for writing")],
+)
+def test_a_disk_that_is_full_or_read_only_is_an_error_and_a_retry_ends_well(data, tmp_path, options, message):
+    (tmp_path / "remote").mkdir()
+    arguments = [str(data), str(tmp_path / "remote"), str(tmp_path / "back"), options]
+    command = [sys.executable, "-c", OTHER_DISK, *arguments]
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this machine gives no mount namespace")
+    done = subprocess.run(["unshare", "-rm", *command], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("this machine mounts no tmpfs")
+    assert done.returncode == 0, done.stderr
+    assert re.search(f"^DVC remote {tmp_path}/remote.*{message}", done.stdout, re.MULTILINE), done.stdout
+    assert same(data, tmp_path / "back")

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from airflow_mlops.drift import HarmPolicy, HarmReport, LossReference, assess_harm
+from airflow_mlops.drift.harm import HarmTest, _holm
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
 
@@ -92,12 +93,51 @@ def test_no_change_is_stable(rng):
     assert report.verdict == "stable" and len(report.tests) == 3 and report.clusters == 30
 
 
-def test_holm_stops_at_the_first_test_that_is_not_met(rng):
-    tests = assess_harm(LossReference.of(*flights(rng, 14)), *flights(rng, 30, noise=1.0)).tests
-    assert sorted(round(test.threshold / 0.01, 4) for test in tests) == [0.3333, 0.5, 1.0]
-    ranked = sorted(tests, key=lambda test: test.p_value)
-    met = [test.p_value <= test.threshold for test in ranked]
-    assert [test.harmful for test in ranked] == [all(met[: i + 1]) for i in range(3)]
+def test_the_rise_is_judged_by_welchs_test_of_two_few_clusters(rng):
+    """Clusters of one size: the mean and its error are those of the clusters' means, so SciPy can be asked."""
+    sides = [flights(rng, days, 120, day_effect=effect) for days, effect in ((5, 1.2), (8, 0.1))]
+    found = assess_harm(LossReference.of(*sides[0]), *sides[1], HarmPolicy(epsilon=0.0)).tests[0]
+    means = []
+    for label, p, day in sides:
+        loss = -np.where(label == 1, np.log(p), np.log(1 - p))
+        means.append(pd.Series(loss).groupby(day).mean())
+    exact = stats.ttest_ind(means[1], means[0], equal_var=False, alternative="greater")
+    assert found.name == "log_loss"
+    assert (found.p_value, found.se) == pytest.approx((exact.pvalue, found.change / exact.statistic), rel=1e-9)
+
+
+def test_forecasts_that_never_vary_are_judged_without_an_error(rng):
+    """Every day alike: what does not differ is no harm, what does is certain."""
+    label, day = np.tile([0.0, 1.0], 1500), np.repeat(np.arange(10), 300)
+    even, off = np.full(3000, 0.5), np.full(3000, 0.44)
+    reference = LossReference.of(label, even, day)
+    assert assess_harm(reference, label, even, day, HarmPolicy(epsilon=0.0)).verdict == "stable"
+    assert {t.p_value for t in assess_harm(reference, label, even, day).tests} == {1.0}
+    report = assess_harm(reference, label, off, day)
+    assert [t.name for t in report.tests if t.harmful] == ["calibration", "excess_loss"]
+    assert [t.p_value for t in report.tests] == pytest.approx([1.0, 0.0, 0.0], abs=1e-9)
+
+
+def test_a_forecast_that_is_certain_and_wrong_has_a_finite_loss(rng):
+    label, p, day = flights(rng, 14)
+    certain = np.where(np.arange(len(p)) % 50 == 0, 1 - label, p)
+    report = assess_harm(LossReference.of(label, p, day), label, certain, day)
+    assert report.verdict == "harm" and all(np.isfinite([t.change, t.se, t.p_value]).all() for t in report.tests)
+    LossReference.from_json(LossReference.of(label, certain, day).to_json())
+
+
+def test_holm_stops_at_the_first_test_that_is_not_met():
+    def harmful(*p_values):
+        drafts = [HarmTest(str(i), 0, 0, 0, 0, 0, p, 0, False) for i, p in enumerate(p_values)]
+        tests = _holm(drafts, 0.06)
+        assert sorted(test.threshold for test in tests) == pytest.approx([0.02, 0.03, 0.06])
+        assert [test.name for test in tests] == ["0", "1", "2"]
+        return [test.harmful for test in tests]
+
+    assert harmful(0.9, 0.025, 0.028) == [False, False, False]
+    assert harmful(0.9, 0.02, 0.03) == [False, True, True]
+    assert harmful(0.05, 0.03, 0.001) == [True, True, True]
+    assert harmful(0.05, 0.031, 0.001) == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +203,9 @@ def test_everything_survives_json(rng):
     assert HarmReport.from_json(json.loads(text)) == report
     with pytest.raises(InvalidInputError, match="version 2"):
         LossReference.from_json({**value, "loss_reference_version": 2})
-    for damaged in ({**value, "gap": {}}, {**value, "gap": {"mean": float("nan"), "se": 1, "clusters": 5}}):
+    gap = value["gap"]
+    for wrong in ({}, gap | {"mean": float("nan")}, gap | {"se": -1e-3}, gap | {"clusters": 1}):
+        damaged = {**value, "gap": wrong}
         with pytest.raises(InvalidInputError, match="damaged"):
             LossReference.from_json(damaged)
     with pytest.raises(InvalidInputError, match="not a loss reference"):

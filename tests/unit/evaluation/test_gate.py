@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from airflow_mlops.evaluation import GatePolicy, GateVerdict, evaluate
+from airflow_mlops.evaluation.paired import loss_gain
 from airflow_mlops.evaluation.report import render
 from airflow_mlops.exceptions import InvalidInputError
 
@@ -81,6 +82,14 @@ def test_the_gate_promotes_equal_models_at_most_as_often_as_it_says():
     assert promoted > 0
 
 
+def test_the_comparison_counts_days_and_not_rows(month):
+    given = (month.label, month.poor, month.good)
+    by_day, by_row = (evaluate(*given, clusters=clusters).differences for clusters in (month.day, None))
+    assert {(gain["metric"], gain["degrees"]) for gain in by_day} == {("log_loss", 9), ("brier", 9), ("auc", 9)}
+    assert by_day[0]["standard_error"] == loss_gain("log_loss", *given, month.day).standard_error
+    assert by_row[0]["degrees"] == len(month.label) - 1
+
+
 def test_a_first_model_is_judged_by_floors_alone(month):
     assert evaluate(month.label, None, month.good, clusters=month.day).first_model
     assert evaluate(month.label, None, month.good, clusters=month.day, policy=GatePolicy(floors={"auc": 0.6})).passed
@@ -132,6 +141,13 @@ def test_small_slices_are_shown_and_not_tested(month):
     rows = evaluate(month.label, month.poor, month.good, clusters=month.day, slices={"carrier": carrier}).slices
     assert {row["value"]: row["tested"] for row in rows} == {"UA": True, "OO": False}
     assert {row["value"]: row["rows"] for row in rows} == {"UA": 3990, "OO": 10}
+
+
+def test_a_slice_of_few_days_is_shown_and_not_tested(month):
+    """A thousand rows of three days are three units of evidence."""
+    days = np.where(month.day < 3, "three days", "rest")
+    slices = evaluate(month.label, month.poor, month.good, clusters=month.day, slices={"d": days}).slices
+    assert {row["value"]: row["tested"] for row in slices} == {"three days": False, "rest": True}
 
 
 def test_missing_slice_values_are_a_slice(month):

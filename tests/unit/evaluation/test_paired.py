@@ -130,3 +130,4 @@ def test_identical_forecasts_gain_exactly_nothing():
         assert gain.p_value(0.0) == 1
         assert gain.p_value(-0.01) == 0
         assert gain.p_worse(0.0) == 1
+        assert gain.p_worse(0.01) == 0

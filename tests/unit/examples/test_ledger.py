@@ -18,9 +18,11 @@ def test_months_run_in_order_and_the_newest_may_run_again(tmp_path):
 
 
 def test_a_month_of_the_past_is_refused(tmp_path):
-    ledger.finish(str(tmp_path), "2013-07", {})
-    with pytest.raises(InvalidInputError, match="2013-04 comes before 2013-07"):
-        ledger.begin(str(tmp_path), "2013-04", "1")
+    for done in ("2013-03", "2013-04", "2013-05"):
+        ledger.finish(str(tmp_path), done, {})
+    for past in ("2013-02", "2013-03", "2013-04"):
+        with pytest.raises(InvalidInputError, match=f"{past} comes before 2013-05"):
+            ledger.begin(str(tmp_path), past, "1")
 
 
 def test_a_gap_is_refused_and_names_the_months_to_run(tmp_path):

@@ -100,6 +100,7 @@ async def test_a_new_report_that_asks_for_retraining_fires_once(tmp_path):
         report(tmp_path, 5, retrain=False, verdict="stable")
         (tmp_path / "foreign.drift.json").write_text("{torn")
         (tmp_path / "list.drift.json").write_text("[]")
+        report(tmp_path / "text", 6, retrain="false")
         (tmp_path / "other.json").write_text('{"retrain": true}')
 
     found = await events(fresh(tmp_path, {}), meanwhile=write)
@@ -117,8 +118,8 @@ async def test_a_new_report_that_asks_for_retraining_fires_once(tmp_path):
 async def test_a_restart_neither_repeats_nor_loses(tmp_path):
     content: dict = {}
     first = await events(fresh(tmp_path, content), meanwhile=lambda: report(tmp_path, 4))
-    report(tmp_path, 6)
-    report(tmp_path, 5)  # both while the triggerer is down
+    report(tmp_path / "a", 6)
+    report(tmp_path / "b", 5)  # both while the triggerer is down
     second = await events(fresh(tmp_path, content))
     third = await events(fresh(tmp_path, content))
     months = [[payload["window"]["start"][5:7] for payload in found] for found in (first, second, third)]
@@ -217,6 +218,14 @@ async def test_the_wait_for_data_ends_when_they_come(tmp_path):
     (path / "a.parquet").write_bytes(b"x")
     event = await asyncio.wait_for(task, 5)
     assert event.payload == {"status": "ready", "uri": str(path)}
+
+
+async def test_the_first_look_can_wait(tmp_path):
+    """Data that were there already have been looked at."""
+    (tmp_path / "month.parquet").write_bytes(b"")
+    trigger = DataReadyTrigger(str(tmp_path / "month.parquet"), poll_interval=0.01, delay=60)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(anext(trigger.run()), 0.3)
 
 
 async def test_an_unreachable_place_is_tried_again(monkeypatch):
