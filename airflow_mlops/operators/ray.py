@@ -76,7 +76,8 @@ class RayTrainOperator(BaseOperator):
     :param stop_timeout: seconds that a stopped driver has to end in an orderly way
     :param fence_timeout: seconds that an attempt waits for an earlier driver of the run to be gone
     :param cancel_on_kill: stop the job when the task is killed, cleared or marked by a user
-    :param deferrable: wait in the triggerer (jobs mode; local mode always waits in the worker)
+    :param deferrable: wait in the triggerer (jobs mode; local mode always waits in the worker); ``execution_timeout``
+        then counts from the first wait on
     :raises TrainingError: the training code failed; the message ends with the end of the driver's log
     """
 
