@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import threading
 import time
 import urllib.request
@@ -73,6 +74,21 @@ def cluster(ray_cluster, monkeypatch):
     value = {"conn_type": "ray", "host": ray_cluster.dashboard_url, "password": ray_cluster.token, "extra": extra}
     monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps(value))
     return ray_cluster
+
+
+@pytest.fixture(scope="module")
+def registry(models, _mlflow_template, tmp_path_factory):
+    """An MLflow that knows models 1 and 2 as versions of ``flights``."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("registry")
+    shutil.copy(_mlflow_template, folder / "mlflow.db")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    client = MlflowClient(uri, uri)
+    client.create_registered_model("flights")
+    for version in ("1", "2"):
+        assert str(client.create_model_version("flights", str(models / version)).version) == version
+    return uri
 
 
 @pytest.fixture
@@ -165,9 +181,9 @@ async def application_names():
         return {name: app["status"] for name, app in (await client.serve())["applications"].items()}
 
 
-def test_without_a_champion_the_first_version_gets_all_traffic(operator, cluster):
+def test_without_a_champion_the_first_version_gets_all_traffic(operator, cluster, registry):
     asyncio.run(deploy_other_application())
-    result = operator("1").execute(context("first"))
+    result = operator("1", mlflow_tracking_uri=registry).execute(context("first"))
     assert (result["verdict"], result["compared"], result["previous"]) == ("PROMOTE", False, None)
     assert "no champion" in result["reasons"][0]
     state = route_state(cluster)
@@ -191,10 +207,11 @@ def test_a_wrong_token_is_explained(cluster, monkeypatch, operator):
         urllib.request.urlopen(request)
 
 
-def test_an_equal_version_is_promoted_without_a_failed_request(operator, cluster, traffic):
+def test_an_equal_version_of_the_registry_is_promoted_without_a_failed_request(operator, cluster, traffic):
     with traffic("equal-", until="2") as reports:
-        result = operator("2", "1").execute(context("equal"))
+        result = operator("2", "1", model_uri="models:/flights/2").execute(context("equal"))
         served = route_state(cluster)
+    assert served["slots"][served["stable"]]["uri"] == "models:/flights/2"
     assert result["verdict"] == "PROMOTE" and result["previous"] == "1", result
     assert [step["decision"] for step in result["steps"]] == ["PROMOTE_STEP", "PROMOTE"]
     assert min(result["requests"].values()) >= 120
