@@ -172,7 +172,7 @@ class DvcHook(BaseHook):
             files = sum(not one.isdir for one in result.failed)
             raise ExternalSystemError(
                 f"DVC remote {self.remote_url}: {files} of {meta.nfiles or 1} files of {path} were not written; the "
-                "log above names them. Check its free space and permissions, then retry: what was sent is not sent again."
+                "log above names them. Check its free space and permissions and retry: what was sent is not sent again."
             )
         return meta, obj, odb
 
