@@ -39,9 +39,10 @@ _STATUS_FILE = "airflow-status.json"
 _LIBRARIES_OF_TASKS = (
     "pandas",
     "xgboost",
-    "mlflow.pyfunc",
+    "mlflow.xgboost",
     "mlflow.store.tracking.sqlalchemy_store",
     "feast.repo_operations",
+    "feast.infra.offline_stores.dask",
     "evidently.presets",
     "matplotlib.figure",
     "dvc.repo",
