@@ -207,7 +207,7 @@ def test_run_directory_on_s3(data, jobs, s3):
         mode="jobs",
         train_fn="airflow_mlops.examples.xgboost_loop:train_loop_per_worker",
         trainer="xgboost",
-        config={"data": data, "features": FEATURES, "label": "y", "rounds": 60, "checkpoint_every": 5},
+        config={"data": data, "features": FEATURES, "label": "y", "rounds": 20, "checkpoint_every": 5},
         storage_path="s3://runs/training",
         run_key="r1",
         env_vars=aws,
@@ -227,7 +227,7 @@ def test_run_directory_on_s3(data, jobs, s3):
     thread.join(5)
     assert killed and result["attempts"] == 2 and result["resumed_from"].startswith("s3://runs/training/r1/checkpoint")
     assert result["model_uri"] == "s3://runs/training/r1/model" and result["cpu_seconds"] > 1
-    assert result["metrics"]["train-logloss"] == pytest.approx(whole_logloss(data, 60), abs=0.01)
+    assert result["metrics"]["train-logloss"] == pytest.approx(whole_logloss(data, 20), abs=0.01)
     model = mlflow.pyfunc.load_model(result["model_uri"])
     assert 0 < model.predict(pd.read_parquet(data)[FEATURES]).mean() < 1
     assert op.execute({"ti": Task()}) == result
