@@ -241,7 +241,8 @@ def _rows(started: float, ours: dict[str, Any], plain: dict[str, Any]) -> list[d
             "what": what,
             "ours": round(mine, 2),
             "otherwise": "" if theirs is None else round(theirs, 2),
-            "ratio": "" if not theirs else round(mine / theirs, 2),
+            # Of nearly nothing any multiple is possible and says nothing.
+            "ratio": "" if theirs is None or theirs < 0.5 else round(mine / theirs, 2),
             "against": against if theirs is not None else "",
             "goal": goal,
             "met": met,
