@@ -64,7 +64,9 @@ class Loop:
         return next(run for run in self.client.runs(dag_id) if run["dag_run_id"] == run_id)
 
     def task(self, run_id: str, task_id: str, dag_id: str = DAG) -> dict[str, Any]:
-        return next(ti for ti in self.client.task_instances(dag_id, run_id) if ti["task_id"] == task_id)
+        """One task's instance; one without a state while the run has none yet."""
+        found = self.client.task_instances(dag_id, run_id)
+        return next((ti for ti in found if ti["task_id"] == task_id), {"state": None})
 
     def states(self, run_id: str, dag_id: str = DAG) -> dict[str, str]:
         return {ti["task_id"]: ti["state"] for ti in self.client.task_instances(dag_id, run_id)}
