@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import logging
 import math
+import os
 import time
 import uuid
 from typing import Any
@@ -37,6 +38,8 @@ class Slot:
     def __init__(self) -> None:
         import mlflow.pyfunc
 
+        # Unpickling a model runs whatever its file says; MLflow reads this at each load.
+        os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
         self._load_model = mlflow.pyfunc.load_model
         self._config: dict[str, Any] = {}
         self._model: Any = None

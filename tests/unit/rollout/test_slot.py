@@ -1,0 +1,40 @@
+"""What a slot of the route loads, without a Ray around it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def slot(monkeypatch):
+    from airflow_mlops.rollout.targets.ray_serve import Slot
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
+    return Slot.func_or_class()
+
+
+def test_a_pickled_model_is_refused_and_says_so(slot, tmp_path):
+    import mlflow.sklearn
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression().fit(np.array([[0.0], [1.0]]), [0, 1])
+    path = str(tmp_path / "pickled")
+    mlflow.sklearn.save_model(model, path, serialization_format="pickle", pip_requirements=["scikit-learn"])
+    slot.reconfigure({"version": "1", "uri": path})
+    said = slot.describe()
+    assert not said["ready"]
+    assert "pickle" in said["error"].lower()
+
+
+def test_a_model_in_a_format_of_its_own_is_loaded(slot, tmp_path):
+    import mlflow.xgboost
+    import xgboost
+
+    data = xgboost.DMatrix(np.array([[0.0], [1.0]]), [0, 1], feature_names=["x"])
+    booster = xgboost.train({"objective": "binary:logistic"}, data, num_boost_round=1)
+    path = str(tmp_path / "boosted")
+    mlflow.xgboost.save_model(booster, path, pip_requirements=["xgboost"])
+    slot.reconfigure({"version": "2", "uri": path})
+    assert slot.describe() == {"version": "2", "uri": path, "ready": True, "error": None}
+    assert 0 < slot.predict([{"x": 0.5}])[0] < 1
