@@ -115,13 +115,12 @@ class Loop:
                 yield from ((table, row[0]) for row in cursor.fetchall())
 
     def forget_heartbeat(self, task_instance_id: str) -> None:
-        """As if the heartbeat timeout of a task whose worker is gone had passed."""
+        """As if the heartbeat timeout of a task whose worker is gone had passed; nothing if that was noticed before."""
         with contextlib.closing(self._connect()) as connection, connection, connection.cursor() as cursor:
             cursor.execute(
                 "update task_instance set last_heartbeat_at = now() - interval '1 hour' where id = %s",
                 (task_instance_id,),
             )
-            assert cursor.rowcount == 1
 
     def _connect(self) -> Any:
         import psycopg2
