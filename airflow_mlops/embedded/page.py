@@ -76,7 +76,7 @@ def render(months: Sequence[MonthSummary]) -> str:
     """The page as HTML, with nothing loaded from anywhere else."""
     body = "".join(
         [
-            "<h1>A model kept trained over a year it had not seen</h1>",
+            "<h1>A model kept trained, month after month</h1>",
             "<p>Each month an Airflow Dag scored the model that was serving (the champion), measured whether it does "
             "harm, and only then trained a challenger, which had to win at the gate and in a canary rollout before "
             "it served. Beside it: the first model, frozen in March and never touched again. The task: predict two "
