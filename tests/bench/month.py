@@ -25,6 +25,7 @@ from airflow_mlops.embedded import guard
 from airflow_mlops.embedded.months import MonthRunner
 from airflow_mlops.embedded.ray_head import RayHead
 from airflow_mlops.embedded.stack import Stack, load_secrets
+from airflow_mlops.examples.flights import CALENDAR_BOUND, HARM
 from airflow_mlops.examples.flights.source import month_window
 from airflow_mlops.sensors.drift import _PAGE_COLUMNS
 
@@ -154,7 +155,9 @@ def _job(stack: Stack, root: Path) -> dict[str, Any]:
         "num_workers": 2,
         "gate": _argument("ModelGateOperator", "policy"),
         "rollout": {"steps": [10, 50, 100], "deadline_seconds": 600},
-        **{name.lower(): _constant_of_dag(name) for name in ("CALENDAR_BOUND", "HARM", "GUARDRAILS")},
+        "calendar_bound": CALENDAR_BOUND,
+        "harm": HARM,
+        "guardrails": _constant_of_dag("GUARDRAILS"),
     }
 
 

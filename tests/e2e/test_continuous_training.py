@@ -6,6 +6,7 @@ whose training loses its worker, the Ray head and the whole Airflow; what follow
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from airflow_mlops.exceptions import InvalidInputError
@@ -43,7 +45,8 @@ def april(loop: Any, march: str) -> dict[str, Any]:
     loop.succeeded(check, dag_id="drift_check", timeout=600)
     watch = loop.until(lambda: loop.client.runs("drift_watch"), "drift to start drift_watch", 60)
     loop.succeeded(watch[0]["dag_run_id"], dag_id="drift_watch", timeout=60)
-    triggered = [run for run in loop.client.runs("continuous_training") if run["dag_run_id"] != march]
+    clocked = ("scheduled", "backfill")
+    triggered = [run for run in loop.client.runs("continuous_training") if run["run_type"] not in clocked]
     assert len(triggered) == 1
     run_id = triggered[0]["dag_run_id"]
     seen |= {"run_id": run_id, "conf": triggered[0]["conf"], "watch_runs": len(watch)}
@@ -227,6 +230,15 @@ def test_verdicts_leave_their_evidence(loop: Any, april: dict[str, Any]) -> None
     assert entry["champion_before"] == "1" and entry["champion_after"] == "2"
 
 
+@pytest.mark.parametrize("dag_id", ["continuous_training", "drift_check"])
+def test_the_schedule_goes_by_months_that_have_no_flights(loop: Any, march: str, dag_id: str) -> None:
+    """Unpausing makes a run of the last calendar month, long after the data ends."""
+    runs = [run for run in loop.client.runs(dag_id) if run["run_type"] == "scheduled"]
+    assert len(runs) == 1
+    states = loop.succeeded(runs[0]["dag_run_id"], dag_id=dag_id, timeout=120)
+    assert len(states) > 4 and set(states.values()) == {"skipped"}
+
+
 # --- what must not change anything --------------------------------------------------------------------------------
 
 
@@ -301,6 +313,19 @@ def test_nothing_shows_a_secret(loop: Any, april: dict[str, Any]) -> None:
             if value in title
         ]
     assert found == []
+
+
+def test_nothing_listens_beyond_this_machine(loop: Any, april: dict[str, Any]) -> None:
+    listening = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            sockets = [socket for socket in process.net_connections("tcp") if socket.status == psutil.CONN_LISTEN]
+            listening |= {(process.name(), socket.laddr.ip, socket.laddr.port) for socket in sockets}
+    # Airflow's API server, PostgreSQL, Ray's dashboard, GCS and raylet at least.
+    assert len(listening) > 5
+    outward = {name for name, host, _ in listening if host.removeprefix("::ffff:") not in ("127.0.0.1", "::1")}
+    # Ray Serve binds the port between its replicas to every address and has no setting for it.
+    assert not {name for name in outward if not name.startswith("ray::ServeReplica")}
 
 
 def test_xcoms_are_small(loop: Any, april: dict[str, Any]) -> None:

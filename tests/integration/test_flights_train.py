@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from airflow_mlops.examples.flights import experiment, features, train
+from airflow_mlops.examples.flights import LABEL, experiment, features, train
 
 pytestmark = pytest.mark.ray
 ROUNDS = 12
@@ -39,7 +39,7 @@ def _fit(uri, storage, **config):
         train_loop_config={
             "train_uri": uri,
             "features": features.feature_names(),
-            "label": features.LABEL,
+            "label": LABEL,
             "rounds": ROUNDS,
             "checkpoint_every": 5,
             **config,
@@ -78,7 +78,7 @@ def test_two_workers_train_one_model_and_a_new_attempt_continues_it(training_set
     # Two workers saw all rows: their model is as good as one that a single process fits on all of them.
     alone = experiment.predict(experiment.fit(frame, rounds=ROUNDS), frame)
     together = experiment.predict(model, frame)
-    late = frame[features.LABEL].to_numpy()
+    late = frame[LABEL].to_numpy()
 
     def loss(probability):
         return -np.mean(np.log(np.where(late == 1, probability, 1 - probability)))

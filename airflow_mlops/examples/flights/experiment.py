@@ -17,7 +17,7 @@ import xgboost
 from sklearn.metrics import log_loss, roc_auc_score
 
 from airflow_mlops import storage
-from airflow_mlops.examples.flights import features, quality, source, train
+from airflow_mlops.examples.flights import LABEL, features, quality, source, train
 from airflow_mlops.examples.flights.months import months_before
 from airflow_mlops.exceptions import DataError
 
@@ -57,7 +57,7 @@ def fit(
 ) -> xgboost.Booster:
     """The training loop's model, on one worker."""
     names = features.feature_names()
-    data = xgboost.QuantileDMatrix(rows[names].astype("float32"), rows[features.LABEL], nthread=nthread)
+    data = xgboost.QuantileDMatrix(rows[names].astype("float32"), rows[LABEL], nthread=nthread)
     return xgboost.train(train.PARAMS | {"nthread": nthread} | (params or {}), data, num_boost_round=rounds)
 
 
@@ -87,7 +87,7 @@ def replay(root: str, first: int = 5, last: int = 12, nthread: int = 1) -> pd.Da
             "all past": fit(pd.concat([frames[earlier] for earlier in past]), nthread=nthread),
             "last 3 months": fit(pd.concat([frames[earlier] for earlier in past[-3:]]), nthread=nthread),
         }
-        label = frames[month][features.LABEL]
+        label = frames[month][LABEL]
         for strategy in STRATEGIES:
             probability = predict(models[strategy], frames[month])
             scores.append(

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 
 from airflow_mlops import storage
+from airflow_mlops.examples.flights import LABEL
 from airflow_mlops.examples.flights.months import months_before
 from airflow_mlops.examples.flights.source import (
     CARRIERS,
@@ -28,7 +29,6 @@ from airflow_mlops.examples.flights.source import (
 )
 from airflow_mlops.exceptions import DataError
 
-LABEL = "late"
 #: A flight is late when it arrives more than this many minutes after its schedule.
 LATE_MINUTES = 15
 HORIZONS_HOURS = (3, 24, 168, 720)

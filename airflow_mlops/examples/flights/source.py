@@ -84,12 +84,17 @@ _WEATHER_DELAY = pd.Timedelta(hours=1)
 _REGISTRY_KNOWN = pd.Timestamp("2012-12-01", tz="UTC")
 
 
+def has(month: str) -> bool:
+    """Whether the data holds ``month`` (``YYYY-MM``)."""
+    return re.fullmatch(r"2013-(0[1-9]|1[0-2])", str(month)) is not None
+
+
 def month_window(month: str) -> Window:
     """The window of ``month`` (``YYYY-MM``), UTC.
 
     :raises DataError: not a month of 2013
     """
-    if not re.fullmatch(r"2013-(0[1-9]|1[0-2])", str(month)):
+    if not has(month):
         raise DataError(
             f"month is {month!r}; the flights example has the months 2013-01 to 2013-12, written YYYY-MM. "
             "Choose one of those (a Dag's data interval has to start in 2013)."
