@@ -6,55 +6,52 @@ training loop asks for it with ``ray.train.get_checkpoint()``.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from airflow_mlops import storage
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError
+from airflow_mlops.training.command import run_command
 from airflow_mlops.training.decide import EXIT_APP, EXIT_INFRA, EXIT_OK, EXIT_REFUSED, EXIT_STOPPED
 from airflow_mlops.training.export import export_model
 from airflow_mlops.training.fence import Fence
+from airflow_mlops.training.raytrain import (
+    NO_CHECKPOINT,
+    build_trainer,
+    is_infrastructure,
+    prepare,
+    prepare_own_ray,
+    require_ray_version,
+    start_ray,
+    wrapped_loop,
+)
 from airflow_mlops.training.result import TrainingResult, finite, read_result, write_result
 from airflow_mlops.training.runs import committed_checkpoint
 from airflow_mlops.training.spec import TrainingSpec, load_callable
-from airflow_mlops.training.usage import Meter, measured
+from airflow_mlops.training.tune import require_optuna, search, search_records
+from airflow_mlops.training.usage import Meter
 
 log = logging.getLogger(__name__)
 
-TRAINER_CLASSES = {
-    "xgboost": ("ray.train.xgboost", "XGBoostTrainer"),
-    "lightgbm": ("ray.train.lightgbm", "LightGBMTrainer"),
-    "torch": ("ray.train.torch", "TorchTrainer"),
-    "jax": ("ray.train.v2.jax.jax_trainer", "JaxTrainer"),
-    "data_parallel": ("ray.train.v2.api.data_parallel_trainer", "DataParallelTrainer"),
-}
-#: Ray Train looks for reports this often; its own 2 s would make every ``ray.train.report`` cost up to 2 s.
-POLL_INTERVAL = 0.1
-WORKER_START_TIMEOUT = 300.0
 ERROR_TAIL = 8_000
-
-
-class Clusterless(Exception):
-    """Ray could not be started or joined."""
 
 
 def drive(spec: TrainingSpec) -> int:
     """Run one attempt; returns the exit code of :mod:`airflow_mlops.training.decide`."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_INTERVAL))
-    # A busy machine needs more than Ray's 60 s to start workers.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_TIMEOUT))
-    own_ray = spec.ray_address is None
-    workers = None if own_ray else spec.file(f"workers-a{spec.attempt}")
-    per_worker = (spec.resources_per_worker or {}).get("GPU", 1.0 if spec.use_gpu else 0.0)
-    meter = Meter(gpus=per_worker * spec.num_workers, worker_dir=workers)
+    prepare()
+    inside = spec.ray_address is None  # workers are descendants of this process
+    meter = Meter(
+        gpus=spec.gpus_per_worker,
+        worker_dir=None if inside else spec.file(f"workers-a{spec.attempt}"),
+        world_file=None if spec.min_workers == spec.max_workers else spec.file(f"world-a{spec.attempt}.json"),
+    )
     signal.signal(signal.SIGTERM, _raise_stopped)
     try:
         with Fence(spec, meter.read_all, on_lost=lambda: os._exit(EXIT_REFUSED), patience=spec.patience) as fence:
@@ -76,10 +73,17 @@ def _attempt(spec: TrainingSpec, meter: Meter) -> tuple[TrainingResult, int]:
     base = TrainingResult("FAILED", spec.attempt, spec.fingerprint)
     seconds: dict[str, float] = {}
     try:
-        base = replace(base, resumed_from=committed_checkpoint(spec))
+        require_ray_version(spec.ray_version)
+        before = search_records(spec) if spec.trainer == "tune" else committed_checkpoint(spec)
+        base = replace(base, resumed_from=before)
         if base.resumed_from:
             log.info("attempt %d goes on from %s", spec.attempt, base.resumed_from)
-        trained = _train(spec, meter, seconds)
+        if spec.entrypoint is not None:
+            trained = _run(spec, meter, seconds)
+        elif spec.trainer == "tune":
+            trained = _search(spec, meter, seconds)
+        else:
+            trained = _train(spec, meter, seconds)
         succeeded = replace(base, status="SUCCEEDED", **trained)
         return replace(succeeded, seconds=seconds), EXIT_OK
     except KeyboardInterrupt:
@@ -96,160 +100,75 @@ def _attempt(spec: TrainingSpec, meter: Meter) -> tuple[TrainingResult, int]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _run(spec: TrainingSpec, meter: Meter, seconds: dict[str, float]) -> dict[str, Any]:
+    if spec.ray_address is None:
+        prepare_own_ray()  # the command may start one
+    meter.hold(spec.max_workers)
+    try:
+        with _timed(seconds, "train"):
+            return run_command(spec)
+    finally:
+        meter.hold(0)
+        meter.read()
+
+
 def _train(spec: TrainingSpec, meter: Meter, seconds: dict[str, float]) -> dict[str, Any]:
     with _timed(seconds, "import"):
         if spec.ray_address is None:
-            _prepare_own_ray()
-        import ray
-        import ray.train
+            prepare_own_ray()
+        import ray.train  # noqa: F401
 
-        train_fn = load_callable(spec.train_fn)
-        if meter.worker_dir is not None:
-            train_fn = measured(train_fn, meter.worker_dir)
-    with _timed(seconds, "ray"):
-        _start_ray(spec)
-        # Ray has put a handler of its own in place, which would make a stop look like a failure.
-        signal.signal(signal.SIGTERM, _raise_stopped)
-    try:
+        train_fn = wrapped_loop(spec, meter.worker_dir, meter.world_file)
+    with _ray(spec, meter, seconds):
+        meter.hold(spec.max_workers)
         with _timed(seconds, "train"):
-            meter.reserve()
-            trainer = _trainer(spec, train_fn)
-            _without_cleaner(trainer)
-            result = trainer.fit()
-            meter.release()
+            result = build_trainer(spec, train_fn).fit()
+        meter.hold(0)
         if result.checkpoint is None:
-            raise InvalidInputError(
-                "the training loop reported no checkpoint, so there is nothing to resume from or to export; call "
-                "ray.train.report(metrics, checkpoint=...) in it at least once, at the end"
-            )
+            raise InvalidInputError(NO_CHECKPOINT)
         with _timed(seconds, "export"), result.checkpoint.as_directory() as checkpoint_dir:
             model_uri = export_model(spec, checkpoint_dir)
-    finally:
-        meter.read()
-        with _timed(seconds, "shutdown"):
-            ray.shutdown()
     checkpoint_uri = storage.join(spec.run_dir, os.path.basename(result.checkpoint.path.rstrip("/")))
     return {"metrics": finite(result.metrics or {}), "checkpoint_uri": checkpoint_uri, "model_uri": model_uri}
 
 
-def _without_cleaner(trainer: Any) -> None:
-    # That actor frees a cluster of what a dead controller held while its job lives on. Here the job ends with its one
-    # controller, which frees the same; a process less, and one that fails every second without a dashboard.
-    create = getattr(trainer, "_create_default_callbacks", None)
-    if create is not None:
-        trainer._create_default_callbacks = lambda: [
-            callback for callback in create() if type(callback).__name__ != "PlacementGroupCleanerCallback"
-        ]
+def _search(spec: TrainingSpec, meter: Meter, seconds: dict[str, float]) -> dict[str, Any]:
+    with _timed(seconds, "import"):
+        if spec.ray_address is None:
+            prepare_own_ray()
+        require_optuna()
+        assert spec.train_fn is not None
+        load_callable(spec.train_fn)  # what cannot be imported fails here, once, and not in every trial
+    with _ray(spec, meter, seconds):
+        with _timed(seconds, "train"):
+            best = search(spec, worker_dir=meter.worker_dir, on_trials=lambda n: meter.hold(n * spec.max_workers))
+        meter.hold(0)
+        with _timed(seconds, "export"), best.checkpoint() as checkpoint_dir:
+            model_uri = export_model(best.spec, checkpoint_dir, into=spec.run_dir)
+    metrics = {**best.metrics, "trials": best.finished, "failed_trials": best.failed}
+    return {
+        "metrics": finite(metrics),
+        "checkpoint_uri": best.checkpoint_uri,
+        "model_uri": model_uri,
+        "params": finite(best.params),
+    }
 
 
-def _prepare_own_ray() -> None:
-    import secrets
-
-    # One machine that is never preempted: one process less.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-
-    # Without a token of its own Ray would write one into the home directory, which may not be writable.
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    os.environ.pop("RAY_ADDRESS", None)
-    # Told that it is on one machine, Ray listens on the loopback address and not on the outward one.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-
-
-def _start_ray(spec: TrainingSpec) -> None:
+@contextmanager
+def _ray(spec: TrainingSpec, meter: Meter, seconds: dict[str, float]) -> Iterator[None]:
     import ray
 
+    with _timed(seconds, "ray"):
+        start_ray(spec)
+        # Ray has put a handler of its own in place, which would make a stop look like a failure.
+        signal.signal(signal.SIGTERM, _raise_stopped)
     try:
-        if spec.ray_address is not None:
-            ray.init(address=spec.ray_address)
-            return
-        ray.init(address="local", num_cpus=spec.num_cpus, include_dashboard=False)
-    except Exception as error:
-        where = "a local Ray cannot be started" if spec.ray_address is None else f"Ray at {spec.ray_address} is away"
-        raise Clusterless(f"{where}: {type(error).__name__}: {error}") from error
-    require_capacity(spec, ray.cluster_resources())
-
-
-def require_capacity(spec: TrainingSpec, have: Mapping[str, float]) -> None:
-    """Check that a Ray that does not grow can hold the workers, which would else be waited for in vain.
-
-    :param have: amount of each resource
-    :raises InvalidInputError: it cannot; says what is lacking
-    """
-    needs = {"CPU": 1.0, **(spec.resources_per_worker or {})}
-    if spec.use_gpu:
-        needs.setdefault("GPU", 1.0)
-    for resource, amount in needs.items():
-        if amount * spec.num_workers > have.get(resource, 0.0):
-            raise InvalidInputError(
-                f"{spec.num_workers} workers with {amount:g} {resource} each need {amount * spec.num_workers:g}, and "
-                f"this machine has {have.get(resource, 0.0):g}; lower num_workers or resources_per_worker"
-            )
-
-
-def _trainer(spec: TrainingSpec, train_fn: Any) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-
-    local = storage.is_local(spec.storage_path)
-    path = os.path.abspath(storage.local_path(spec.storage_path)) if local else spec.storage_path
-    return trainer_class(spec.trainer)(
-        train_fn,
-        train_loop_config=dict(spec.config),
-        scaling_config=ScalingConfig(
-            num_workers=spec.num_workers,
-            use_gpu=spec.use_gpu,
-            resources_per_worker=dict(spec.resources_per_worker) if spec.resources_per_worker else None,
-        ),
-        run_config=RunConfig(
-            name=spec.run_key,
-            storage_path=path,
-            # Ray would wait for ever for capacity that does not come.
-            failure_config=FailureConfig(max_failures=spec.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
-            checkpoint_config=CheckpointConfig(num_to_keep=spec.checkpoints_to_keep),
-        ),
-    )
-
-
-def trainer_class(trainer: str) -> Any:
-    """Ray Train's class for ``trainer``, importing only that framework.
-
-    :raises InvalidInputError: its library is not installed where the driver runs
-    """
-    module, name = TRAINER_CLASSES[trainer]
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise InvalidInputError(
-            f'trainer "{trainer}" needs a library that is not installed where the driver runs ({error}); install it '
-            f"there, for example with pip install 'airflow-mlops[{trainer}]'"
-        ) from error
-
-
-def is_infrastructure(error: BaseException) -> bool:
-    """Whether machines are to blame for ``error`` rather than the training code or its input."""
-    import ray.exceptions
-    from ray.train import TrainingFailedError
-
-    if isinstance(error, Clusterless | SystemExit):
-        return True
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        return all(_worker_was_lost(failure) for failure in failures.values())
-    if isinstance(error, TrainingFailedError):
-        return True
-    return isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
-
-
-def _worker_was_lost(failure: BaseException) -> bool:
-    import ray.exceptions
-
-    seen: BaseException | None = failure
-    while seen is not None:
-        if isinstance(seen, ray.exceptions.RayError) and not isinstance(seen, ray.exceptions.RayTaskError):
-            return True
-        if type(seen).__name__ in ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError"):
-            return True
-        seen = getattr(seen, "health_check_failure", None) or seen.__cause__
-    return False
+        yield
+    finally:
+        meter.hold(0)
+        meter.read()
+        with _timed(seconds, "shutdown"):
+            ray.shutdown()
 
 
 def _raise_stopped(*_: object) -> None:

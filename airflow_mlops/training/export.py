@@ -14,18 +14,21 @@ from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.training.spec import TrainingSpec, load_callable
 
 
-def export_model(spec: TrainingSpec, checkpoint_dir: str) -> str | None:
+def export_model(spec: TrainingSpec, checkpoint_dir: str, into: str | None = None) -> str | None:
     """Write the run's model; returns its URI, None where the trainer has no built-in exporter and none is given.
+
+    :param into: the run directory, where that is another one than the spec's
 
     The model appears at once: a reader never sees half of it (on an object store: ``MLmodel`` is uploaded last).
     """
-    builtin = {"xgboost": export_xgboost, "lightgbm": export_lightgbm}.get(spec.trainer)
+    run_dir = into or spec.run_dir
+    builtin = {"xgboost": export_xgboost, "lightgbm": export_lightgbm}.get(spec.trainer or "")
     exporter = load_callable(spec.exporter, "exporter") if spec.exporter else builtin
     if exporter is None:
         return None
-    uri = storage.join(spec.run_dir, "model")
+    uri = storage.join(run_dir, "model")
     local = storage.is_local(uri)
-    parent = storage.local_path(spec.run_dir) if local else None
+    parent = storage.local_path(run_dir) if local else None
     with tempfile.TemporaryDirectory(prefix=".model-", dir=parent) as scratch:
         made = os.path.join(scratch, "model")
         exporter(checkpoint_dir, dict(spec.config), made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -20,36 +21,44 @@ class Meter:
 
     A descendant that has ended counts with what it had used when last seen, so call :meth:`read` now and then.
 
-    :param gpus: GPUs reserved from :meth:`reserve` to :meth:`release`
+    :param gpus: GPUs that one worker has
     :param worker_dir: where :func:`measured` workers outside this process tree leave their time; None: they are inside
+    :param world_file: where :func:`sized` workers leave their number, where that changes; None: it does not
     """
 
-    def __init__(self, gpus: float = 0.0, worker_dir: str | None = None) -> None:
-        self._began = time.monotonic()
-        self._gpus, self._gpu_seconds = gpus, 0.0
-        self._gpu_since: float | None = None
-        self.worker_dir = worker_dir
+    def __init__(self, gpus: float = 0.0, worker_dir: str | None = None, world_file: str | None = None) -> None:
+        self._began = self._since = time.monotonic()
+        self._gpus, self._workers_now, self._gpu_seconds = gpus, 0, 0.0
+        self._lock = threading.Lock()
+        self.worker_dir, self.world_file = worker_dir, world_file
         self._seen: dict[tuple[int, float], float] = {}
 
-    def reserve(self) -> None:
-        """The GPUs are taken from now on."""
-        self._gpu_since = time.monotonic()
-
-    def release(self) -> None:
-        """The GPUs are free again."""
-        if self._gpu_since is not None:
-            self._gpu_seconds += self._gpus * (time.monotonic() - self._gpu_since)
-            self._gpu_since = None
+    def hold(self, workers: int) -> None:
+        """From now on this many workers hold their GPUs; 0: the GPUs are free again."""
+        with self._lock:
+            self._add_up()
+            self._workers_now = workers
 
     def read(self) -> Usage:
         """Consumption up to now, workers outside the process tree as far as they have ended."""
-        now = time.monotonic()
-        running = self._gpus * (now - self._gpu_since) if self._gpu_since is not None else 0.0
-        return Usage(round(now - self._began, 3), round(self._tree(), 3), round(self._gpu_seconds + running, 3))
+        with self._lock:
+            self._add_up()
+            gpu_seconds = self._gpu_seconds
+        return Usage(round(time.monotonic() - self._began, 3), round(self._tree(), 3), round(gpu_seconds, 3))
 
     def read_all(self) -> Usage:
         """Like :meth:`read`, with the ended workers outside the process tree; reads storage."""
+        if self.world_file is not None and self._workers_now:
+            try:
+                self.hold(int(storage.read_json(self.world_file)))
+            except (OSError, ValueError) as error:
+                log.debug("the number of workers is not known yet: %s", error)
         return self.read() + Usage(cpu_seconds=self._workers())
+
+    def _add_up(self) -> None:
+        now = time.monotonic()
+        self._gpu_seconds += self._gpus * self._workers_now * (now - self._since)
+        self._since = now
 
     def _tree(self) -> float:
         import psutil
@@ -89,5 +98,23 @@ def measured(train_fn: Callable[..., Any], worker_dir: str) -> Callable[..., Any
             return train_fn(*args)
         finally:
             note()
+
+    return loop
+
+
+def sized(train_fn: Callable[..., Any], world_file: str) -> Callable[..., Any]:
+    """``train_fn``, whose first worker leaves the number of workers in ``world_file`` when it starts."""
+
+    @functools.wraps(train_fn)
+    def loop(*args: Any) -> Any:
+        import ray.train
+
+        context = ray.train.get_context()
+        if context.get_world_rank() == 0:
+            try:
+                storage.write_json(world_file, context.get_world_size())
+            except Exception as error:  # accounting must not fail a training
+                log.warning("the number of workers is lost: %s", error)
+        return train_fn(*args)
 
     return loop

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 
-from airflow_mlops.exceptions import InvalidInputError
-from airflow_mlops.training.driver import require_capacity, trainer_class
+from airflow_mlops import storage
+from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, TrainingError
+from airflow_mlops.training import usage
+from airflow_mlops.training.command import CommandLost
+from airflow_mlops.training.raytrain import Clusterless, is_infrastructure, require_capacity, trainer_class
 from airflow_mlops.training.spec import TrainingSpec
 
 
@@ -20,6 +23,7 @@ def spec(**changes) -> TrainingSpec:
     [
         ({"num_workers": 5}, "5 workers with 1 CPU each need 5, and this machine has 2; lower num_workers"),
         ({"num_workers": 2, "resources_per_worker": {"CPU": 1.5}}, "2 workers with 1.5 CPU each need 3"),
+        ({"num_workers": (3, 9)}, "3 workers with 1 CPU each need 3"),
         ({"use_gpu": True}, "1 workers with 1 GPU each need 1, and this machine has 0"),
         ({"resources_per_worker": {"TPU": 4}}, "with 4 TPU each need 4"),
     ],
@@ -29,9 +33,48 @@ def test_workers_that_do_not_fit_are_not_waited_for(changes, words):
         require_capacity(spec(**changes), {"CPU": 2.0, "memory": 1e9})
 
 
-@pytest.mark.parametrize("changes", [{"num_workers": 2}, {"num_workers": 4, "resources_per_worker": {"CPU": 0.5}}])
+@pytest.mark.parametrize(
+    "changes", [{"num_workers": 2}, {"num_workers": (2, 9)}, {"num_workers": 4, "resources_per_worker": {"CPU": 0.5}}]
+)
 def test_workers_that_just_fit(changes):
     require_capacity(spec(**changes), {"CPU": 2.0})
+
+
+def test_gpus_are_counted_while_they_are_held_and_by_the_workers_there_are(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(usage.time, "monotonic", lambda: now[0])
+    meter = usage.Meter(gpus=2.0, world_file=str(tmp_path / "world.json"))
+    now[0] += 10
+    assert meter.read_all().gpu_seconds == 0
+    meter.hold(4)
+    now[0] += 10
+    assert meter.read_all().gpu_seconds == 80
+    storage.write_json(str(tmp_path / "world.json"), 1)
+    meter.read_all()
+    now[0] += 10
+    assert meter.read_all().gpu_seconds == 100
+    meter.hold(0)
+    now[0] += 10
+    meter.read_all()
+    now[0] += 10
+    seen = meter.read_all()
+    assert (seen.gpu_seconds, seen.wall_seconds) == (100, 50), "a released worker is not counted again"
+
+
+@pytest.mark.parametrize(
+    ("error", "infra"),
+    [
+        (Clusterless("away"), True),
+        (CommandLost("killed"), True),
+        (ExternalSystemError("disk is full"), True),
+        (SystemExit(1), True),
+        (InvalidInputError("no checkpoint"), False),
+        (TrainingError("exit code 3"), False),
+        (ValueError("label"), False),
+    ],
+)
+def test_whose_fault_an_error_is(error, infra):
+    assert is_infrastructure(error) is infra
 
 
 def test_library_of_a_trainer_that_is_not_installed(monkeypatch):

@@ -12,6 +12,7 @@ from airflow_mlops.training.spec import (
     run_key_of,
     submission_id_of,
     whole,
+    worker_count,
 )
 
 
@@ -31,9 +32,17 @@ def test_round_trip_through_json():
         ({"num_workers": 0}, "num_workers is 0; expected a whole number of at least 1"),
         ({"num_workers": 1.5}, "num_workers is 1.5"),
         ({"num_workers": True}, "num_workers is True"),
+        ({"num_workers": (3, 2)}, "num_workers is (3, 2); expected (min, max) with min <= max"),
+        ({"num_workers": (0, 2)}, "num_workers is 0"),
+        ({"num_workers": (1, 2, 3)}, "num_workers is (1, 2, 3); expected a whole number or (min, max)"),
+        ({"entrypoint": "python train.py"}, "both entrypoint and train_fn and trainer are given"),
+        ({"entrypoint": "x", "train_fn": None, "trainer": None, "exporter": "a:b"}, "both entrypoint and exporter"),
+        ({"entrypoint": " ", "train_fn": None, "trainer": None}, "entrypoint is ' '; expected a shell command"),
+        ({"train_fn": None}, "nothing to train"),
+        ({"preemptible": True, "max_failures": 0}, "max_failures is 0 and the workers are preemptible"),
         ({"trainer": "sklearn"}, "trainer is 'sklearn'; expected one of xgboost, lightgbm, torch"),
         ({"train_fn": "pkg.mod.loop"}, '"package.module:function"'),
-        ({"train_fn": ""}, '"package.module:function"'),
+        ({"train_fn": ""}, "nothing to train"),
         ({"exporter": "nope"}, "exporter is 'nope'"),
         ({"storage_path": ""}, "storage_path is missing"),
         ({"run_key": "../other"}, "names a directory"),
@@ -57,6 +66,34 @@ def test_spec_of_another_version_is_refused():
         TrainingSpec.from_json(make().to_json() | {"later": 1})
     with pytest.raises(InvalidInputError, match="incomplete"):
         TrainingSpec.from_json({"train_fn": "a:b"})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("4", 4), (" (2, 4) ", (2, 4)), ("[2,4]", (2, 4)), ("2,4", (2, 4)), ([2, 4], (2, 4)), (["2", 4], (2, 4))],
+)
+def test_templated_number_of_workers(value, expected):
+    assert worker_count(value) == expected
+
+
+@pytest.mark.parametrize("value", ["(3,2)", "(2,)", "2-4", "(a, b)", "0,1", [], {"min": 1}, (1.0, 2), "[1, 2, 3]"])
+def test_number_of_workers_that_is_none(value):
+    with pytest.raises(InvalidInputError, match="num_workers is"):
+        worker_count(value)
+
+
+def test_elastic_workers_travel_as_json():
+    spec = make(num_workers=(2, 4))
+    again = TrainingSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    assert again == spec and (again.min_workers, again.max_workers) == (2, 4)
+    assert (make(num_workers=3).min_workers, make(num_workers=3).max_workers) == (3, 3)
+
+
+def test_fingerprint_of_a_command_is_of_its_text():
+    def of(text: str) -> str:
+        return make(train_fn=None, trainer=None, entrypoint=text).fingerprint
+
+    assert of("python a.py") == of("python a.py") != of("python b.py")
 
 
 @pytest.mark.parametrize("value", ["two", "", "1.5", "{{ params.n }}", None, "0"])
