@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 from airflow_mlops.training.result import TrainingResult
 
-#: States in which an attempt may still be working.
-ACTIVE = ("PENDING", "RUNNING")
+#: Non-final states: the attempt may still be working, or may come to work. QUEUED: suspended, waiting to be admitted.
+#: STOPPING: being deleted. SUBMITTER_LOST: the process that watched the job is gone, which says nothing about the job.
+ACTIVE = ("PENDING", "RUNNING", "QUEUED", "STOPPING", "SUBMITTER_LOST")
 #: LOST: the system that ran it no longer knows it. UNREACHABLE: that system has not answered for too long.
-FINAL = ("SUCCEEDED", "FAILED", "STOPPED", "LOST", "UNREACHABLE")
+#: INVALID: the system refuses it. DEADLINE: it has used up its time. CAPACITY: there was no room to start it.
+FINAL = ("SUCCEEDED", "FAILED", "STOPPED", "LOST", "UNREACHABLE", "INVALID", "DEADLINE", "CAPACITY")
+
+#: Seconds before the first restart for lack of capacity; doubled for each further one up to the longest.
+BACKOFF, LONGEST_BACKOFF = 60.0, 900.0
 
 #: Exit codes of the driver.
 EXIT_OK, EXIT_APP, EXIT_INFRA, EXIT_REFUSED, EXIT_STOPPED = 0, 1, 70, 75, 143
@@ -31,16 +36,22 @@ class Observation:
 
 @dataclass(frozen=True)
 class Action:
-    """What to do: ``wait``, ``succeed``, ``restart`` (as the next attempt) or ``fail``.
+    """What to do: ``wait``, ``ask``, ``succeed``, ``restart`` (as the next attempt) or ``fail``.
 
-    :param blame: of a ``fail``: ``app`` (the training code), ``infra`` (all restarts used up), ``unreachable``,
-        ``stopped`` or ``refused`` (another driver has the run directory)
+    ``ask`` whoever runs the job itself how it is, and decide again on that answer; LOST if there is none.
+
+    :param blame: of a ``fail``: ``app`` (the training code), ``infra`` (all restarts used up), ``capacity`` (no room,
+        and all restarts used up), ``unreachable``, ``stopped``, ``refused`` (another driver has the run directory),
+        ``invalid`` (refused as it is written) or ``deadline``; of a breached limit its kind, see
+        :func:`airflow_mlops.training.limits.after_breach`
     :param reason: why, one sentence
+    :param delay: of a ``restart``: seconds to wait before it
     """
 
     kind: str
     reason: str
     blame: str | None = None
+    delay: float = 0.0
 
 
 def next_action(
@@ -63,35 +74,73 @@ def next_action(
     :param adopted: whether an earlier try of the task started the attempt: clearing a task stops its attempt, which
         the next try may find still running; that stop was not meant for it
     """
-    if seen.status not in FINAL:
-        return Action("wait", f"attempt {attempt} is {seen.status}")
     own = result if result is not None and result.attempt == attempt else None
+    # Who has left a result has ended: nobody need be asked.
+    if seen.status == "SUBMITTER_LOST" and own is None:
+        return Action("ask", _said(f"attempt {attempt} is no longer watched by its submitter.", seen))
+    if seen.status not in FINAL and seen.status != "SUBMITTER_LOST":
+        return Action("wait", f"attempt {attempt} is {seen.status}")
     if own is not None and own.succeeded:
         return Action("succeed", f"attempt {attempt} finished")
+    if seen.status == "INVALID":
+        return Action("fail", _said(f"attempt {attempt} is not accepted.", seen), "invalid")
     if seen.status == "SUCCEEDED":
         return Action("fail", f"attempt {attempt} ended well but left no result in the run directory", "app")
     # Only the system knows a stop that was asked for: a driver is also ended by a machine that goes down.
     if seen.status == "STOPPED" and adopted:
         return Action("restart", f"attempt {attempt} was stopped with the earlier try that had started it.")
     if seen.status == "STOPPED":
-        return Action("fail", f"attempt {attempt} was stopped. {seen.message}".strip(), "stopped")
+        return Action("fail", _said(f"attempt {attempt} was stopped.", seen), "stopped")
     if own is not None and own.exit_class == "app":
         return Action("fail", f"attempt {attempt} failed in the training code", "app")
+    if seen.status == "DEADLINE":
+        return Action("fail", _said(f"attempt {attempt} has used up its time.", seen), "deadline")
     if seen.exit_code == EXIT_REFUSED:
         return Action("fail", "another driver is working in the run directory", "refused")
     if seen.status == "UNREACHABLE":
-        return Action("fail", f"attempt {attempt} cannot be followed. {seen.message}".strip(), "unreachable")
+        return Action("fail", _said(f"attempt {attempt} cannot be followed.", seen), "unreachable")
     # Without a result of its own a driver that exited by itself never got as far as training: no restart mends that.
-    if seen.status == "FAILED" and own is None and _gave_up(seen.exit_code):
-        return Action("fail", f"the driver could not start (exit code {seen.exit_code}). {seen.message}".strip(), "app")
-    if restarts >= max_restarts:
-        return Action("fail", f"attempt {attempt} was lost and all {max_restarts} restarts are used up", "infra")
-    return Action("restart", f"attempt {attempt} was lost ({seen.status}). {seen.message}".strip())
+    if seen.status == "FAILED" and own is None and _gave_up(seen):
+        code = "" if seen.exit_code is None else f" (exit code {seen.exit_code})"
+        return Action("fail", _said(f"the driver could not start{code}.", seen), "app")
+    if seen.status == "CAPACITY":
+        return _for_capacity(seen, attempt, restarts, max_restarts)
+    return restart_or_fail(_said(f"attempt {attempt} was lost ({seen.status}).", seen), attempt, restarts, max_restarts)
 
 
-def _gave_up(exit_code: int | None) -> bool:
+def restart_or_fail(
+    reason: str, attempt: int, restarts: int, max_restarts: int, blame: str = "infra", delay: float = 0.0
+) -> Action:
+    """A restart while there are any left, else the failure.
+
+    :param reason: what became of the attempt, one sentence
+    :param blame: of the failure
+    """
+    if restarts < max_restarts:
+        return Action("restart", reason, delay=delay)
+    return Action("fail", f"{reason} That was attempt {attempt}, and all {max_restarts} restarts are used up.", blame)
+
+
+def backoff(restarts: int) -> float:
+    """Seconds to wait before restart number ``restarts + 1`` for lack of capacity."""
+    return min(BACKOFF * 2.0 ** min(restarts, 10), LONGEST_BACKOFF)
+
+
+def _for_capacity(seen: Observation, attempt: int, restarts: int, max_restarts: int) -> Action:
+    reason = _said(f"attempt {attempt} was not started for lack of capacity.", seen)
+    return restart_or_fail(reason, attempt, restarts, max_restarts, "capacity", backoff(restarts))
+
+
+def _said(sentence: str, seen: Observation) -> str:
+    return f"{sentence} {seen.message}".strip()
+
+
+def _gave_up(seen: Observation) -> bool:
     """Whether a process ended by itself (128 and more: a shell reporting a signal) and not for lack of a machine."""
-    return exit_code is not None and 0 < exit_code < 128 and exit_code != EXIT_INFRA
+    if seen.exit_code is None:
+        # What Ray says of a job whose environment could not be built, so that its command was never run.
+        return seen.message.startswith("runtime_env setup failed")
+    return 0 < seen.exit_code < 128 and seen.exit_code != EXIT_INFRA
 
 
 @dataclass

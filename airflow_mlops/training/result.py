@@ -52,6 +52,7 @@ class TrainingResult:
     :param resumed_from: the checkpoint that this attempt went on from
     :param usage: over all attempts so far
     :param seconds: where this attempt's time went, by phase
+    :param params: of a hyper-parameter search, those of the best trial
     """
 
     status: str
@@ -65,6 +66,7 @@ class TrainingResult:
     resumed_from: str | None = None
     usage: Usage = field(default_factory=Usage)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, Any] | None = None
 
     @property
     def succeeded(self) -> bool:
@@ -83,6 +85,40 @@ class TrainingResult:
         usage = Usage(**{entry.name: value.get(entry.name, 0.0) for entry in fields(Usage)})
         own = {entry.name for entry in fields(cls)} - {"usage"}
         return cls(**{key: entry for key, entry in value.items() if key in own}, usage=usage)
+
+
+#: Of a result, what :func:`outcome` hands on beside the run's name and directory.
+_OUTCOME = (
+    "status",
+    "attempt",
+    "metrics",
+    "checkpoint_uri",
+    "model_uri",
+    "resumed_from",
+    "wall_seconds",
+    "cpu_seconds",
+    "gpu_seconds",
+)
+
+
+def outcome(spec: TrainingSpec, result: TrainingResult, *, price_per_gpu_hour: float | None = None) -> dict[str, Any]:
+    """What a training task returns: plain types, small enough for an XCom; times are summed over the attempts.
+
+    :param price_per_gpu_hour: adds ``cost``, of the GPUs alone, in the price's currency
+    """
+    value = result.to_json()
+    told = {"run_key": spec.run_key, "run_dir": spec.run_dir, "attempts": result.attempt}
+    told |= {name: value[name] for name in _OUTCOME}
+    if result.params is not None:
+        told["params"] = value["params"]
+    if price_per_gpu_hour is not None:
+        told["cost"] = cost(result.usage, price_per_gpu_hour)
+    return told
+
+
+def cost(usage: Usage, price_per_gpu_hour: float) -> float:
+    """What the GPUs cost, in the price's currency."""
+    return round(usage.gpu_seconds / 3600 * price_per_gpu_hour, 4)
 
 
 def finite(value: Any) -> Any:

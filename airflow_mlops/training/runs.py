@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from airflow_mlops import storage
@@ -51,11 +52,71 @@ def open_run(spec: TrainingSpec, fresh: bool = False) -> Plan:
     return Plan(None, previous, bool(previous) and wipe is None, wipe)
 
 
-def begin_attempt(spec: TrainingSpec) -> str:
-    """Write down attempt ``spec.attempt`` before anything is started for it; returns the URI of its spec."""
+def begin_attempt(spec: TrainingSpec, *, began: float | None = None, run_began: float | None = None) -> str:
+    """Write down attempt ``spec.attempt`` before anything is started for it; returns the URI of its spec.
+
+    :param began: Unix time at which the attempt begins
+    :param run_began: Unix time at which its task began training, earlier attempts of the task included
+    """
     uri = storage.write_json(spec.file(f"spec-a{spec.attempt}.json"), spec.to_json())
-    storage.write_json(spec.file("attempt.json"), {"attempt": spec.attempt, "fingerprint": spec.fingerprint})
+    times = {"began": began, "run_began": run_began if run_began is not None else began}
+    entry = {"attempt": spec.attempt, "fingerprint": spec.fingerprint, **times}
+    storage.write_json(spec.file("attempt.json"), entry)
     return uri
+
+
+def began_at(spec: TrainingSpec) -> tuple[float, float] | None:
+    """Unix times at which attempt ``spec.attempt`` and the run of its task began, for who adopts it; None if not known.
+
+    :raises InvalidInputError: the file that says so is damaged
+    """
+    last = _last_attempt(spec)
+    began, run_began = last.get("began"), last.get("run_began")
+    if last.get("attempt") != spec.attempt or began is None or run_began is None:
+        return None
+    return float(began), float(run_began)
+
+
+def last_progress(spec: TrainingSpec) -> float | None:
+    """Unix time, by the storage's clock, at which the run last committed something; None before that.
+
+    Ray Train replaces a snapshot directly in a run's directory with every checkpoint, and each trial of a search has a
+    directory of its own and a record of its end. What lies in other folders may be half-written.
+
+    :raises InvalidInputError: the storage does not say when a file was written
+    """
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(spec.run_dir)
+    fs.invalidate_cache()
+    trials = storage.join(path, "trials")
+    folders = [path, storage.join(path, "_mlops", "trials")]
+    folders += [entry["name"] for entry in _entries(fs, trials) if entry["type"] == "directory"]
+    files = [entry for folder in folders for entry in _entries(fs, folder) if entry["type"] == "file"]
+    return max((_modified(fs, entry) for entry in files), default=None)
+
+
+def _entries(fs: Any, folder: str) -> list[Mapping[str, Any]]:
+    try:
+        return fs.ls(folder, detail=True)
+    except FileNotFoundError:
+        return []
+
+
+def _modified(fs: Any, entry: Mapping[str, Any]) -> float:
+    # Each filesystem has a name of its own for it.
+    names = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+    value = next((entry[name] for name in names if entry.get(name) is not None), None)
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    if isinstance(value, datetime):
+        value = (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
+    if not isinstance(value, int | float):
+        raise InvalidInputError(
+            f"{type(fs).__name__} does not say when {entry['name']} was written, so whether training still moves "
+            "cannot be seen; set stall_timeout to None, or use another storage_path"
+        )
+    return float(value)
 
 
 def wipe_run(spec: TrainingSpec) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from airflow_mlops.training.decide import (
@@ -11,8 +13,10 @@ from airflow_mlops.training.decide import (
     EXIT_REFUSED,
     EXIT_STOPPED,
     FINAL,
+    LONGEST_BACKOFF,
     Observation,
     Patience,
+    backoff,
     next_action,
 )
 from airflow_mlops.training.result import TrainingResult
@@ -61,6 +65,19 @@ TABLE = [
     ("UNREACHABLE", None, APP, "fail", "app"),
     ("UNREACHABLE", None, None, "fail", "unreachable"),
     ("UNREACHABLE", None, INFRA, "fail", "unreachable"),
+    ("INVALID", None, None, "fail", "invalid"),
+    ("INVALID", None, APP, "fail", "invalid"),
+    ("INVALID", None, OK, "succeed", None),
+    ("DEADLINE", None, None, "fail", "deadline"),
+    ("DEADLINE", None, STOPPED, "fail", "deadline"),
+    ("DEADLINE", None, INFRA, "fail", "deadline"),
+    ("DEADLINE", 143, EARLIER, "fail", "deadline"),
+    ("DEADLINE", None, APP, "fail", "app"),
+    ("DEADLINE", None, OK, "succeed", None),
+    ("CAPACITY", None, None, "restart", None),
+    ("CAPACITY", None, EARLIER, "restart", None),
+    ("CAPACITY", None, EARLIER_OK, "restart", None),
+    ("CAPACITY", None, OK, "succeed", None),
 ]
 
 
@@ -87,7 +104,10 @@ def test_table_has_every_final_status():
     assert {row[0] for row in TABLE} == set(FINAL)
 
 
-@pytest.mark.parametrize("status", [*ACTIVE, "PAUSED_BY_A_LATER_RAY", ""])
+WAITING = [status for status in ACTIVE if status != "SUBMITTER_LOST"]
+
+
+@pytest.mark.parametrize("status", [*WAITING, "INCOMPLETE", "PAUSED_BY_A_LATER_RAY", ""])
 @pytest.mark.parametrize("result", [None, OK, APP, INFRA, STOPPED, EARLIER])
 def test_active_and_unknown_states_are_waited_for(status, result):
     assert next_action(Observation(status), result, 2, 0, 3).kind == "wait"
@@ -102,6 +122,148 @@ def test_restarts_end(restarts, kind):
 
 def test_no_restart_allowed():
     assert next_action(Observation("LOST"), None, 1, 0, 0).blame == "infra"
+
+
+@pytest.mark.parametrize("result", [None, EARLIER, EARLIER_OK])
+def test_job_whose_submitter_is_lost_is_asked_for(result):
+    action = next_action(Observation("SUBMITTER_LOST", message="BackoffLimitExceeded"), result, 2, 9, 3)
+    assert action.kind == "ask" and "BackoffLimitExceeded" in action.reason
+
+
+@pytest.mark.parametrize("result", [OK, APP, INFRA, STOPPED])
+def test_driver_that_left_a_result_need_not_be_asked_for(result):
+    as_lost = next_action(Observation("LOST"), result, 2, 0, 3)
+    action = next_action(Observation("SUBMITTER_LOST"), result, 2, 0, 3)
+    assert (action.kind, action.blame) == (as_lost.kind, as_lost.blame)
+
+
+def test_restart_for_capacity_waits_longer_each_time_up_to_an_end():
+    delays = [next_action(Observation("CAPACITY"), None, 1, restarts, 99).delay for restarts in range(7)]
+    assert delays == [60.0, 120.0, 240.0, 480.0, 900.0, 900.0, 900.0]
+    assert backoff(10_000) == LONGEST_BACKOFF
+    assert next_action(Observation("LOST"), None, 1, 3, 99).delay == 0.0
+
+
+def test_no_room_after_all_restarts_is_told_from_machines_that_were_lost():
+    action = next_action(Observation("CAPACITY", message="no node"), None, 4, 3, 3)
+    assert (action.kind, action.blame) == ("fail", "capacity")
+    assert "no node" in action.reason and "all 3 restarts are used up" in action.reason
+
+
+@pytest.mark.parametrize("result", [None, EARLIER])
+def test_environment_that_cannot_be_built_is_not_built_again(result):
+    seen = Observation("FAILED", None, "runtime_env setup failed: no such package")
+    action = next_action(seen, result, 2, 0, 3)
+    assert (action.kind, action.blame) == ("fail", "app") and "no such package" in action.reason
+    died = Observation("FAILED", None, "Job supervisor actor died: runtime_env setup failed on a node that is gone")
+    assert next_action(died, result, 2, 0, 3).kind == "restart"
+
+
+#: Every combination that a caller can bring about, for what must hold of all of them.
+PRODUCT = [
+    (Observation(status, code, "said"), result, restarts, most, adopted)
+    for status in (*ACTIVE, *FINAL, "INCOMPLETE", "Cleaning/RUNNING", "", "succeeded", "SUCCEEDED ")
+    for code in (None, EXIT_APP, EXIT_INFRA, EXIT_REFUSED, EXIT_STOPPED, 127, 137, -9, 0)
+    for result in (None, OK, APP, INFRA, STOPPED, EARLIER, EARLIER_OK, replace(OK, attempt=3), replace(APP, attempt=3))
+    for restarts, most in ((0, 0), (0, 3), (2, 3), (3, 3), (4, 3))
+    for adopted in (False, True)
+]
+
+
+def each(condition=lambda *_: True):
+    """Every case of the product that fits, with what is done in it."""
+    found = False
+    for seen, result, restarts, most, adopted in PRODUCT:
+        if condition(seen, result, restarts, most, adopted):
+            found = True
+            case = f"{seen} {result} restarts={restarts}/{most} adopted={adopted}"
+            yield next_action(seen, result, 2, restarts, most, adopted), case
+    assert found, "no case fits: the test checks nothing"
+
+
+def own(result) -> bool:
+    return result is not None and result.attempt == 2
+
+
+def meant(seen, adopted) -> bool:
+    """Not a stop that was meant for an earlier try."""
+    return not (seen.status == "STOPPED" and adopted)
+
+
+def test_of_all_cases_success_needs_a_succeeded_result_of_this_attempt_and_its_end():
+    ends = (*FINAL, "SUBMITTER_LOST")
+    for action, case in each(lambda seen, result, *_: not own(result) or not result.succeeded):
+        assert action.kind != "succeed", case
+    for action, case in each(lambda seen, *_: seen.status not in ends):
+        assert action.kind == "wait", case
+    for action, case in each(lambda seen, result, *_: seen.status in ends and own(result) and result.succeeded):
+        assert action.kind == "succeed", case
+
+
+def test_of_all_cases_none_restarts_more_often_than_allowed_but_to_replace_a_stopped_attempt_of_an_earlier_try():
+    def used_up(seen, result, restarts, most, adopted):
+        return restarts >= most and meant(seen, adopted)
+
+    for action, case in each(used_up):
+        assert action.kind != "restart", case
+
+
+def test_of_all_cases_what_cannot_or_must_not_succeed_is_never_restarted():
+    for action, case in each(lambda seen, *_: seen.status in ("INVALID", "DEADLINE", "UNREACHABLE", "SUCCEEDED")):
+        assert action.kind in ("fail", "succeed"), case
+    for action, case in each(lambda seen, result, restarts, most, adopted: seen.status == "STOPPED" and not adopted):
+        assert action.kind in ("fail", "succeed"), case
+
+    def refused(seen, result, restarts, most, adopted):
+        return seen.exit_code == EXIT_REFUSED and not own(result) and meant(seen, adopted)
+
+    for action, case in each(refused):
+        assert action.kind != "restart", case
+
+
+def test_of_all_cases_an_error_of_the_training_code_is_never_restarted_but_for_a_stop_meant_for_another_try():
+    def mine(seen, result, restarts, most, adopted):
+        return own(result) and result.exit_class == "app" and meant(seen, adopted)
+
+    for action, case in each(mine):
+        assert action.kind in ("fail", "wait"), case
+
+
+def test_of_all_cases_adoption_matters_for_stops_alone():
+    for seen, result, restarts, most, _ in PRODUCT:
+        if seen.status != "STOPPED":
+            first, second = (next_action(seen, result, 2, restarts, most, adopted) for adopted in (False, True))
+            assert first == second
+
+
+def test_of_all_cases_a_result_of_another_attempt_counts_for_nothing():
+    for seen, result, restarts, most, adopted in PRODUCT:
+        if result is not None and not own(result):
+            without = next_action(seen, None, 2, restarts, most, adopted)
+            assert next_action(seen, result, 2, restarts, most, adopted) == without
+
+
+def test_of_all_cases_only_an_unwatched_job_without_a_result_is_asked_for():
+    for action, case in each(lambda seen, result, *_: seen.status == "SUBMITTER_LOST" and not own(result)):
+        assert action.kind == "ask", case
+    for action, case in each(lambda seen, result, *_: seen.status != "SUBMITTER_LOST" or own(result)):
+        assert action.kind != "ask", case
+
+
+def test_of_all_cases_every_failure_has_its_blame_and_only_capacity_a_delay():
+    blames = {"app", "infra", "capacity", "unreachable", "stopped", "refused", "invalid", "deadline"}
+    seen_blames = set()
+    for action, case in each():
+        assert (action.blame is not None) == (action.kind == "fail"), case
+        assert action.reason and "\n" not in action.reason, case
+        seen_blames.add(action.blame)
+    assert seen_blames == blames | {None}
+    for action, case in each(lambda seen, *_: seen.status != "CAPACITY"):
+        assert action.delay == 0.0, case
+
+
+def test_no_state_is_both_active_and_final():
+    assert not set(ACTIVE) & set(FINAL)
 
 
 def test_patience_counts_silence_from_its_beginning_and_forgets_it():

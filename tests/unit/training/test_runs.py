@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import datetime, timezone
 
 import pytest
 
@@ -14,8 +15,15 @@ from airflow_mlops import storage
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 from airflow_mlops.training import fence
 from airflow_mlops.training.fence import Fence, Owner, read_owner, this_host, wait_until_free
-from airflow_mlops.training.result import TrainingResult, Usage, finite, read_result, write_result
-from airflow_mlops.training.runs import begin_attempt, committed_checkpoint, open_run, wipe_run
+from airflow_mlops.training.result import TrainingResult, Usage, finite, outcome, read_result, write_result
+from airflow_mlops.training.runs import (
+    began_at,
+    begin_attempt,
+    committed_checkpoint,
+    last_progress,
+    open_run,
+    wipe_run,
+)
 from airflow_mlops.training.spec import TrainingSpec
 
 
@@ -124,6 +132,98 @@ def test_finite_makes_plain_numbers():
     value = finite({"a": np.float64(0.5), "b": np.int64(2), "c": np.float32("nan"), 4: "x", "d": object})
     assert json.loads(json.dumps(value))["a"] == 0.5 and type(value["b"]) is int and value["c"] is None
     assert value["4"] == "x"
+
+
+def test_outcome_is_small_plain_and_says_what_it_cost(spec):
+    result = TrainingResult(
+        "SUCCEEDED",
+        3,
+        "f",
+        metrics={"auc": float("nan")},
+        checkpoint_uri="c",
+        model_uri="m",
+        error="long",
+        resumed_from="b",
+        usage=Usage(10.0, 20.0, 5400.0),
+        seconds={"train": 3.0},
+    )
+    expected = {
+        "run_key": "r1",
+        "run_dir": spec.run_dir,
+        "status": "SUCCEEDED",
+        "attempt": 3,
+        "attempts": 3,
+        "metrics": {"auc": None},
+        "checkpoint_uri": "c",
+        "model_uri": "m",
+        "resumed_from": "b",
+        "wall_seconds": 10.0,
+        "cpu_seconds": 20.0,
+        "gpu_seconds": 5400.0,
+    }
+    assert outcome(spec, result) == expected
+    assert outcome(spec, replace(result, params={"depth": 4})) == {**expected, "params": {"depth": 4}}
+    assert outcome(spec, result, price_per_gpu_hour=2.5) == {**expected, "cost": 3.75}
+    assert json.loads(json.dumps(outcome(spec, result))) == expected
+
+
+def test_adopted_attempt_keeps_its_clock(spec):
+    assert began_at(spec) is None
+    begin_attempt(spec, began=100.0)
+    assert began_at(spec) == (100.0, 100.0)
+    begin_attempt(spec.with_attempt(2), began=200.0, run_began=100.0)
+    assert began_at(spec.with_attempt(2)) == (200.0, 100.0)
+    assert began_at(spec) is None, "the first attempt is not the last one any more"
+    begin_attempt(spec.with_attempt(3))
+    assert began_at(spec.with_attempt(3)) is None
+
+
+def touched(uri: str, at: float) -> None:
+    storage.write_bytes(uri, b"x")
+    os.utime(uri, (at, at))
+
+
+def test_progress_of_a_search_is_that_of_its_trials(spec):
+    touched(storage.join(spec.run_dir, "trials", "t1", "checkpoint_manager_snapshot.json"), 300.0)
+    touched(storage.join(spec.run_dir, "trials", "t1", "checkpoint_1", "half-written"), 900.0)
+    touched(storage.join(spec.run_dir, "tune-a1", "experiment_state.json"), 900.0)
+    touched(spec.file("owner.json"), 900.0)
+    assert last_progress(spec) == 300.0
+    touched(spec.file("trials", "t2.json"), 400.0)
+    assert last_progress(spec) == 400.0
+
+
+def test_progress_is_seen_in_other_storages_too(spec):
+    import fsspec
+
+    remote = replace(spec, storage_path="memory://test-progress")
+    before = time.time()
+    assert last_progress(remote) is None
+    storage.write_json(storage.join(remote.run_dir, "checkpoint_manager_snapshot.json"), {})
+    assert before - 1 <= last_progress(remote) <= time.time() + 1
+    fsspec.filesystem("memory").rm("/test-progress", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "at"),
+    [
+        ({"mtime": 5.0}, 5.0),
+        ({"LastModified": datetime(1970, 1, 1, 0, 0, 5, tzinfo=timezone.utc)}, 5.0),
+        ({"last_modified": datetime(1970, 1, 1, 0, 0, 5)}, 5.0),
+        ({"updated": "1970-01-01T00:00:05.000Z"}, 5.0),
+        ({"size": 5}, None),
+        ({"mtime": None}, None),
+    ],
+)
+def test_time_of_a_file_by_each_storages_name_for_it(spec, monkeypatch, entry, at):
+    from fsspec.implementations.local import LocalFileSystem
+
+    monkeypatch.setattr(LocalFileSystem, "ls", lambda self, path, detail: [{"name": "n", "type": "file", **entry}])
+    if at is not None:
+        assert last_progress(spec) == at
+        return
+    with pytest.raises(InvalidInputError, match=r"does not say when n was written.*set stall_timeout to None"):
+        last_progress(spec)
 
 
 def beat(spec: TrainingSpec, **changes) -> Owner:
