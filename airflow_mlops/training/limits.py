@@ -16,7 +16,7 @@ from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.training.decide import Action, restart_or_fail
 from airflow_mlops.training.fence import read_owner
 from airflow_mlops.training.result import TrainingResult, Usage
-from airflow_mlops.training.runs import last_progress
+from airflow_mlops.training.runs import began_at, last_progress, told_before
 from airflow_mlops.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
@@ -128,8 +128,10 @@ class Times:
     :param last_progress: when something was last committed
     :param usage: consumed by the run so far, as its drivers tell
     :param usage_at: when they told; None: ``usage`` is of earlier attempts alone
-    :param unmetered: GPU-seconds of earlier attempts that no driver could tell of any more
-    :param gpus: GPUs that a running attempt holds
+    :param earlier: GPU-seconds of earlier attempts of the task, by estimate
+    :param unmetered: of these, what no driver has told of
+    :param ran: GPU-seconds of this attempt's earlier stretches, by estimate, since its driver last told
+    :param gpus: GPUs that a running attempt holds, the most where their number changes
     """
 
     run_began: float
@@ -142,7 +144,9 @@ class Times:
     queued_since: float | None = None
     startup_since: float | None = None
     usage_at: float | None = None
+    earlier: float = 0.0
     unmetered: float = 0.0
+    ran: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, for :meth:`from_json`."""
@@ -168,18 +172,33 @@ class Times:
         return self
 
     def next_attempt(self, now: float) -> Times:
-        """The times of an attempt that begins at ``now``, after this one; see that they are :func:`updated` before."""
+        """The times of an attempt that begins at ``now``, after this one."""
+        earlier = self.gpu_seconds(now)
         return Times(
             run_began=self.run_began,
             attempt_began=now,
             usage=self.usage,
             gpus=self.gpus,
-            unmetered=self._metered(now).unmetered,
+            earlier=earlier,
+            unmetered=earlier - self.usage.gpu_seconds,
         )
 
     def gpu_seconds(self, now: float) -> float:
         """Consumed by the run up to ``now``, by estimate since its driver last told."""
-        return self.usage.gpu_seconds + self.unmetered + self.gpus * self._untold(now)
+        return self.usage.gpu_seconds + self.unmetered + self.ran + self.gpus * self._untold(now)
+
+    def told(self, usage: Usage, at: float | None, before: float | None) -> Times:
+        """The times with a driver's word.
+
+        :param usage: consumed by the run
+        :param at: when it told; None: it is an earlier attempt's
+        :param before: GPU-seconds that had been told of when this attempt began, None if that is not known
+        """
+        if at is not None and self.usage_at is not None and at <= self.usage_at:
+            return self
+        # What is not known to be missing counts as told, or it would count twice.
+        missing = 0.0 if before is None else max(self.earlier - before, 0.0)
+        return replace(self, usage=usage, usage_at=at, unmetered=missing, ran=self.ran if at is None else 0.0)
 
     @property
     def untold_since(self) -> float | None:
@@ -194,7 +213,7 @@ class Times:
     def _metered(self, now: float) -> Times:
         # What a driver told of this stretch and is read later must not count again.
         told_at = self.usage_at if self.running_since is None else max(self.usage_at or now, now)
-        return replace(self, unmetered=self.unmetered + self.gpus * self._untold(now), usage_at=told_at)
+        return replace(self, ran=self.ran + self.gpus * self._untold(now), usage_at=told_at)
 
     def _left_queue(self, now: float) -> Times:
         if self.queued_since is None:
@@ -272,7 +291,7 @@ def updated(spec: TrainingSpec, times: Times) -> Times:
     :raises InvalidInputError: the storage does not say when files were written
     """
     try:
-        progress, owner = last_progress(spec), read_owner(spec)
+        progress, owner, before = last_progress(spec), read_owner(spec), told_before(spec)
     except InvalidInputError:
         raise
     except Exception as error:  # a store that is away for a moment must not end the training
@@ -282,13 +301,22 @@ def updated(spec: TrainingSpec, times: Times) -> Times:
         times = replace(times, last_progress=max(progress, times.last_progress or progress))
     if owner is None or owner.usage.gpu_seconds < times.usage.gpu_seconds:
         return times
-    if owner.attempt < spec.attempt:
-        # It was told too late, and has been estimated.
-        told = owner.usage.gpu_seconds - times.usage.gpu_seconds
-        return replace(times, usage=owner.usage, unmetered=max(times.unmetered - told, 0.0))
-    if times.usage_at is not None and owner.heartbeat <= times.usage_at:
-        return times
-    return replace(times, usage=owner.usage, usage_at=owner.heartbeat)
+    if owner.attempt >= spec.attempt:
+        return times.told(owner.usage, owner.heartbeat, before)
+    # Once this attempt's driver has told, an earlier one cannot tell any more.
+    return times if times.usage_at is not None else times.told(owner.usage, None, owner.usage.gpu_seconds)
+
+
+def times_of(spec: TrainingSpec, gpus: float, now: float) -> Times:
+    """The times of an attempt that begins at ``now``, or that an earlier try began, with what the run has consumed.
+
+    Reads storage; blocks.
+
+    :param gpus: GPUs that the attempt holds while it runs
+    :raises InvalidInputError: a file in the run directory is damaged, or the storage does not say when it was written
+    """
+    began, run_began = began_at(spec) or (now, now)
+    return updated(spec, Times(run_began=run_began, attempt_began=began, gpus=gpus))
 
 
 def estimate_usage(spec: TrainingSpec, times: Times, now: float) -> Usage:
@@ -334,7 +362,7 @@ def _budget_end(budget: Budget, times: Times) -> float | None:
     allowed = budget.gpu_seconds
     if allowed is None:
         return None
-    left = allowed - times.usage.gpu_seconds - times.unmetered
+    left = allowed - times.usage.gpu_seconds - times.unmetered - times.ran
     if left <= 0:
         return -math.inf
     if times.untold_since is None or times.gpus <= 0:

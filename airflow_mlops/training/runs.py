@@ -9,6 +9,7 @@ from typing import Any
 
 from airflow_mlops import storage
 from airflow_mlops.exceptions import InvalidInputError
+from airflow_mlops.training.fence import read_owner
 from airflow_mlops.training.result import TrainingResult, read_result
 from airflow_mlops.training.spec import TrainingSpec
 
@@ -59,10 +60,25 @@ def begin_attempt(spec: TrainingSpec, *, began: float | None = None, run_began: 
     :param run_began: Unix time at which its task began training, earlier attempts of the task included
     """
     uri = storage.write_json(spec.file(f"spec-a{spec.attempt}.json"), spec.to_json())
-    times = {"began": began, "run_began": run_began if run_began is not None else began}
-    entry = {"attempt": spec.attempt, "fingerprint": spec.fingerprint, **times}
+    entry = {
+        "attempt": spec.attempt,
+        "fingerprint": spec.fingerprint,
+        "began": began,
+        "run_began": run_began if run_began is not None else began,
+        # The attempt's own driver will go on counting from here.
+        "gpu_seconds": _told(spec),
+    }
     storage.write_json(spec.file("attempt.json"), entry)
     return uri
+
+
+def told_before(spec: TrainingSpec) -> float | None:
+    """GPU-seconds that earlier drivers of the run had told of when attempt ``spec.attempt`` began; None if not known.
+
+    :raises InvalidInputError: the file that says so is damaged
+    """
+    last = _last_attempt(spec)
+    return last.get("gpu_seconds") if last.get("attempt") == spec.attempt else None
 
 
 def began_at(spec: TrainingSpec) -> tuple[float, float] | None:
@@ -159,6 +175,14 @@ def committed_checkpoint(spec: TrainingSpec) -> str | None:
     if not storage.exists(checkpoint):
         raise InvalidInputError(f"the checkpoint {checkpoint} named by the run's snapshot is gone. {_REMEDY}")
     return checkpoint
+
+
+def _told(spec: TrainingSpec) -> float | None:
+    try:
+        owner = read_owner(spec)
+    except (ValueError, TypeError, KeyError):  # damaged: no reason not to train
+        return None
+    return owner.usage.gpu_seconds if owner is not None else 0.0
 
 
 _REMEDY = "Remove the run directory to train from the start, or restore it; a new run_key also starts afresh."

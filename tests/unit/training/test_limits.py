@@ -20,9 +20,11 @@ from airflow_mlops.training.limits import (
     breach,
     estimate_usage,
     remaining,
+    times_of,
     updated,
 )
 from airflow_mlops.training.result import TrainingResult, Usage
+from airflow_mlops.training.runs import begin_attempt
 from airflow_mlops.training.spec import TrainingSpec
 
 NONE = Limits()
@@ -269,6 +271,20 @@ class Counters:
         return found | ({"budget"} if allowed and self.gpu_seconds >= allowed - 1e-6 else set())
 
 
+@dataclass
+class Drivers:
+    """What the drivers of a run know of its GPU-seconds: each goes on from what the last one told."""
+
+    told: float = 0.0
+    before: float = 0.0
+    since: float = 0.0
+    lost: float = 0.0
+
+    def killed(self) -> None:
+        self.lost += self.since
+        self.since = 0.0
+
+
 def random_limits(rng: random.Random) -> Limits:
     def some(low: int, high: int) -> float | None:
         return rng.randint(low, high) if rng.random() < 0.6 else None
@@ -296,29 +312,35 @@ def walk(seed: int) -> str | None:
     limits, gpus = random_limits(rng), rng.choice([0.0, 1.0, 4.0])
     start = rng.choice([0.0, 1_795_000_000.0])
     times, counters, status = Times(start, start, gpus=gpus), Counters(), "PENDING"
-    told, promised = 0.0, None
+    drivers, promised = Drivers(), None
     for second in range(400):
         now = start + second
         if second:
             counters.tick(status, gpus)
+            drivers.since += gpus * (status == "RUNNING")
         event = rng.random()
         if event < 0.06:
-            status = counters.change(status, rng.choice(["PENDING", "RUNNING", "QUEUED"]))
+            before, status = status, counters.change(status, rng.choice(["PENDING", "RUNNING", "QUEUED"]))
+            if before != status:
+                drivers.killed()
             times = times.seen(status, now)
             promised = None
         elif event < 0.08 and second:
             status = "PENDING"
             counters = Counters(total=counters.total, gpu_seconds=counters.gpu_seconds)
-            times = times.next_attempt(now)
+            times, drivers = times.next_attempt(now), Drivers(drivers.told, drivers.told)
             promised = None
         elif event < 0.12 and status == "RUNNING":
             counters.stall = 0.0
             times = replace(times, last_progress=now)
             promised = None
         elif event < 0.20 and status == "RUNNING":
-            # The driver tells exactly what has been consumed, so no estimate is needed for what it tells of.
-            told = counters.gpu_seconds - times.unmetered
-            times = replace(times, usage=Usage(gpu_seconds=told), usage_at=now)
+            drivers.told += drivers.since
+            # What a driver of the same attempt could not tell any more is forgiven, and not counted twice.
+            counters.gpu_seconds -= drivers.lost
+            drivers.since = drivers.lost = 0.0
+            times = times.told(Usage(gpu_seconds=drivers.told), now, drivers.before)
+            promised = None
         broken = counters.broken(limits, status)
         found, left = breach(limits, times, now), remaining(limits, times, now)
         assert bool(found) == bool(broken), (seed, second, found, broken)
@@ -393,17 +415,60 @@ def test_since_its_last_word_the_driver_is_estimated(spec):
     assert remaining(Limits(budget=Budget(0.6)), updated(spec, times), 500.0) == 180.0
 
 
-def test_what_was_estimated_does_not_count_again_when_it_is_told_late(spec):
+def test_attempt_lost_between_two_words_of_its_driver_is_counted_once(spec):
     told(spec, 100.0, at=60.0)
     times = updated(spec, replace(NEW, gpus=2.0).seen("RUNNING", 10.0))
     times = times.next_attempt(110.0)
     assert times.gpu_seconds(110.0) == 200.0
+    third = spec.with_attempt(3)
     told(spec, 180.0, at=100.0, attempt=2)
-    times = updated(spec.with_attempt(3), times)
-    assert times.gpu_seconds(110.0) == 200.0
+    assert updated(third, times).gpu_seconds(110.0) == 200.0
+    begin_attempt(third, began=110.0, run_began=0.0)
+    assert updated(third, times).gpu_seconds(110.0) == 200.0
     told(spec, 190.0, at=140.0, attempt=3)
-    times = updated(spec.with_attempt(3), times.seen("RUNNING", 130.0))
+    times = updated(third, times.seen("RUNNING", 130.0))
     assert times.gpu_seconds(140.0) == 210.0
+
+
+def test_attempts_that_nobody_looked_into_before_they_ended_are_counted_once(spec):
+    begin_attempt(spec, began=0.0)
+    times = replace(NEW, gpus=2.0).seen("RUNNING", 10.0)
+    told(spec, 180.0, at=100.0)
+    third = spec.with_attempt(3)
+    begin_attempt(third, began=120.0, run_began=0.0)
+    times = times.next_attempt(110.0).seen("RUNNING", 130.0)
+    told(spec, 220.0, at=150.0, attempt=3)
+    assert updated(third, times).gpu_seconds(150.0) == 200.0 + 40.0
+    assert estimate_usage(third, times, 160.0).gpu_seconds == 260.0
+
+
+def test_driver_that_went_on_after_a_stay_in_the_queue_is_believed(spec):
+    times = course(replace(NEW, gpus=2.0), ("RUNNING", 0), ("QUEUED", 100), ("PENDING", 5000), ("RUNNING", 6000))
+    told(spec, 190.0 + 80.0, at=6040.0)
+    assert updated(spec, times).gpu_seconds(6050.0) == 290.0
+
+
+def test_without_the_count_before_the_attempt_nothing_counts_twice(spec):
+    times = replace(NEW, gpus=2.0).seen("RUNNING", 0.0).next_attempt(100.0).seen("RUNNING", 100.0)
+    told(spec, 190.0 + 80.0, at=140.0)
+    assert updated(spec, times).gpu_seconds(150.0) == 290.0
+
+
+def test_times_of_a_new_attempt_know_what_earlier_tries_have_consumed(spec):
+    told(spec, 3000.0, at=90.0, attempt=1)
+    times = times_of(spec, 2.0, 500.0)
+    assert times == Times(500.0, 500.0, usage=Usage(5.0, 6.0, 3000.0), gpus=2.0)
+    begin_attempt(spec, began=times.attempt_began, run_began=times.run_began)
+    told(spec, 3100.0, at=560.0)
+    running = times.seen("RUNNING", 505.0)
+    assert remaining(Limits(budget=Budget(1.0)), running, 505.0) == 300.0
+    assert remaining(Limits(budget=Budget(1.0)), updated(spec, running), 560.0) == 250.0
+
+
+def test_times_of_an_adopted_attempt_are_those_it_began_with(spec):
+    begin_attempt(spec, began=200.0, run_began=100.0)
+    assert times_of(spec, 2.0, 900.0) == Times(100.0, 200.0, gpus=2.0)
+    assert times_of(spec.with_attempt(3), 2.0, 900.0) == Times(900.0, 900.0, gpus=2.0)
 
 
 def test_late_word_of_a_stay_that_was_estimated_is_not_added_to_it(spec):
@@ -486,5 +551,5 @@ def test_round_trips():
     limits = Limits(1.0, 2.0, 3.0, 4.0, 5.0, Budget(1.0, 2.0, 3.0))
     assert Limits.from_mapping(json.loads(json.dumps(limits.to_json()))) == limits
     assert Limits.from_mapping(json.loads(json.dumps(NONE.to_json()))) == NONE
-    times = Times(1.0, 2.0, 3.0, 4.0, 5.0, Usage(1.0, 2.0, 3.0), 6.0, 7.0, 8.0, 9.0, 10.0)
+    times = Times(1.0, 2.0, 3.0, 4.0, 5.0, Usage(1.0, 2.0, 3.0), 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0)
     assert Times.from_json(json.loads(json.dumps(times.to_json()))) == times

@@ -22,6 +22,7 @@ from airflow_mlops.training.runs import (
     committed_checkpoint,
     last_progress,
     open_run,
+    told_before,
     wipe_run,
 )
 from airflow_mlops.training.spec import TrainingSpec
@@ -176,6 +177,19 @@ def test_adopted_attempt_keeps_its_clock(spec):
     assert began_at(spec) is None, "the first attempt is not the last one any more"
     begin_attempt(spec.with_attempt(3))
     assert began_at(spec.with_attempt(3)) is None
+
+
+def test_what_had_been_told_when_an_attempt_began(spec):
+    assert told_before(spec) is None
+    begin_attempt(spec)
+    assert told_before(spec) == 0.0
+    dead = beat(spec)
+    storage.write_json(spec.file("owner.json"), replace(dead, usage=Usage(5.0, 7.0, 90.0)).to_json())
+    begin_attempt(spec.with_attempt(2))
+    assert told_before(spec.with_attempt(2)) == 90.0 and told_before(spec) is None
+    storage.write_bytes(spec.file("owner.json"), b"{")
+    begin_attempt(spec.with_attempt(3))
+    assert told_before(spec.with_attempt(3)) is None
 
 
 def touched(uri: str, at: float) -> None:
