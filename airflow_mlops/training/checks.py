@@ -120,6 +120,19 @@ def check_ray_version(image: str, ray_version: str | None, driver_version: str |
     return str(ray_version or tagged)
 
 
+def check_python_version(image: str, python: tuple[int, int]) -> None:
+    """Check that a function pickled with ``python`` can be loaded in ``image``, whose tag may say its own (``-py311``).
+
+    :raises InvalidInputError: the minor versions differ
+    """
+    found = re.search(r"[-_.]py(3)\.?(\d{1,2})(?!\d)", image.rpartition(":")[2])
+    if found and (int(found[1]), int(found[2])) != python:
+        raise InvalidInputError(
+            f"train_fn was pickled with Python {python[0]}.{python[1]} and the image {image} has {found[1]}.{found[2]}; "
+            "use an image with the same Python, or an importable function"
+        )
+
+
 def _tagged_version(image: str) -> str | None:
     repository, _, tag = image.partition("@")[0].rpartition(":")
     if not repository or "/" in tag:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from airflow_mlops.training.checks import (
     ENV_NAME,
     LABEL_KEY,
     check_labels,
+    check_python_version,
     check_ray_version,
     known_fields,
     mapping_of,
@@ -31,7 +33,7 @@ from airflow_mlops.training.overrides import (
 )
 from airflow_mlops.training.parts import PARTS, Autoscale, Gang, Gpu, Rdma, Spot
 from airflow_mlops.training.search import Search
-from airflow_mlops.training.spec import TrainingSpec, whole
+from airflow_mlops.training.spec import PICKLED, TrainingSpec, whole
 
 HEAD, WORKER, SUBMITTER = "ray-head", "ray-worker", "ray-job-submitter"
 CONTAINERS = {"head": HEAD, "worker": WORKER, "submitter": SUBMITTER}
@@ -320,6 +322,8 @@ def fitted(spec: TrainingSpec, cluster: KubeCluster) -> TrainingSpec:
             )
     _check_room(spec, cluster)
     _check_pod(wanted, cluster)
+    if (spec.train_fn or "").startswith(PICKLED):
+        check_python_version(cluster.image, sys.version_info[:2])
     if cluster.spot and spec.max_failures == 0 and not spec.entrypoint:
         raise InvalidInputError(
             "max_failures is 0 with spot workers: the first preemption would end the training; set it to 1 or more"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -26,23 +25,21 @@ from airflow_mlops.training.cluster import (
 )
 from airflow_mlops.training.overrides import merged
 from airflow_mlops.training.parts import Gang
+from airflow_mlops.training.rayjob import ATTEMPT_LABEL, KUEUE_QUEUE_LABEL, OWNER_TRY_ANNOTATION
 from airflow_mlops.training.spec import TrainingSpec
 
 API_VERSION, KIND = "ray.io/v1", "RayJob"
-#: On RayJob, RayCluster and pods: which run (:func:`run_label`), which attempt, and whose.
+#: On RayJob, RayCluster and pods: which run (:func:`run_label`) of whom; ATTEMPT_LABEL says which attempt.
 RUN_LABEL = "mlops.airflow.org/run"
-ATTEMPT_LABEL = "mlops.airflow.org/attempt"
 DAG_LABEL = "mlops.airflow.org/dag"
 TASK_LABEL = "mlops.airflow.org/task"
 DAG_RUN_LABEL = "mlops.airflow.org/dag-run"
 MAP_INDEX_LABEL = "mlops.airflow.org/map-index"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGED_BY = "airflow-mlops"
-#: On RayJob and RayCluster: the try of the task that follows the attempt, and the run directory.
-OWNER_TRY_ANNOTATION = "mlops.airflow.org/owner-try"
+#: On RayJob and RayCluster: the run directory; OWNER_TRY_ANNOTATION says which try of the task follows the attempt.
 RUN_DIR_ANNOTATION = "mlops.airflow.org/run-dir"
 
-KUEUE_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 KUEUE_MAX_EXEC_LABEL = "kueue.x-k8s.io/max-exec-time-seconds"
 KUEUE_ELASTIC_ANNOTATION = "kueue.x-k8s.io/elastic-job"
@@ -337,7 +334,7 @@ def _worker(spec: TrainingSpec, cluster: KubeCluster, labels: Mapping[str, str])
         annotations = {key: str(value) for key, value in rdma.annotations.items()}
         if rdma.host_network:
             added |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
-    added |= {"nodeSelector": selector, "tolerations": tolerations, "affinity": copy.deepcopy(dict(cluster.affinity))}
+    added |= {"nodeSelector": selector, "tolerations": tolerations, "affinity": dict(cluster.affinity)}
     pod = _pod(cluster, container, labels)
     pod["spec"] |= {field: value for field, value in added.items() if value}
     if annotations:

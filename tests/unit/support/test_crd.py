@@ -143,7 +143,7 @@ spec:
   scope: Cluster
   versions:
   - {name: v1, served: true, storage: true, schema: {openAPIV3Schema: {type: object, properties: {spec: {
-      type: object, x-kubernetes-preserve-unknown-fields: KEEP,
+      type: object, required: [size], x-kubernetes-preserve-unknown-fields: KEEP,
       properties: {size: {type: number, minimum: 1, default: 2}}}}}}}
 """
     documents = [
@@ -158,6 +158,7 @@ spec:
     ]
     obj = {"apiVersion": "example.org/v1", "kind": "big", "metadata": {"name": "a"}, "spec": {"any": 1, "size": 0.5}}
     assert schemas.errors(obj) == ["spec.size: Invalid value: 0.5: should be greater than or equal to 1"]
+    assert schemas.errors({**obj, "spec": {}}) == []  # required, and has a default
     assert schemas.prune(obj) == obj
     assert schemas.errors({**obj, "kind": "small", "spec": {"any": 1}}) == ['unknown field "spec.any"']
     assert schemas.with_defaults({**obj, "spec": {}})["spec"] == {"size": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -242,6 +243,7 @@ def test_fields_of_a_newer_kubernetes_are_left_to_the_api_server():
         ({"resources_per_worker": {"GPU": 2}}, {"gpu": {}}, "has 2 GPUs and gpu.count is 1; make them equal"),
         ({"resources_per_worker": {"GPU": 1}}, {"gpu": {"count": 2}}, "has 1 GPUs and gpu.count is 2"),
         ({"num_workers": 3}, {"workers_per_pod": 2}, "expected multiples of workers_per_pod (2)"),
+        ({"num_workers": (2, 3)}, {"workers_per_pod": 2}, "num_workers is (2, 3); expected multiples"),
         ({"resources_per_worker": {"CPU": 3}}, {}, "CPU 3 do not fit into a pod with cpu 2"),
         ({"resources_per_worker": {"CPU": 2}, "num_workers": 2}, {"workers_per_pod": 2}, "2 worker(s) with CPU 2"),
         ({"resources_per_worker": {"memory": 2**34}}, {}, "do not fit into a pod with memory 8Gi"),
@@ -267,8 +269,19 @@ def test_the_driver_asks_for_the_gpus_and_joins_the_cluster():
     assert made.use_gpu and made.resources_per_worker == {"GPU": 2, "CPU": 1}
     assert (made.ray_address, made.preemptible, made.ray_version) == ("auto", True, "2.60.0")
     assert fitted(made, cluster(gpu={"count": 2}, spot={"provider": "gke"})) == made
+    assert fitted(spec(resources_per_worker={"CPU": 1}), cluster(worker_resources={"cpu": "500m"}))  # Ray rounds up
     custom = cluster(ray_start_params={"worker": {"resources": '"{\\"TPU\\": 1}"'}})
     assert fitted(spec(resources_per_worker={"TPU": 1, "accelerator_type:H100": 0.001}), custom)
+
+
+def test_a_pickled_function_needs_the_same_python():
+    own, pickled = f"py3{sys.version_info.minor}", spec(train_fn="pickle:s3://b/f")
+    for tag in (f"2.60.0-{own}-gpu", f"2.60.0-{own}", "2.60.0"):
+        assert fitted(pickled, cluster(image=f"rayproject/ray:{tag}"))
+    other = cluster(image="rayproject/ray:2.60.0-py39-gpu")
+    assert fitted(spec(), other)
+    with pytest.raises(InvalidInputError, match="use an image with the same Python"):
+        fitted(pickled, other)
 
 
 def test_a_search_has_room_for_its_concurrent_trials():

@@ -192,6 +192,8 @@ def test_the_head_offers_no_cpus_and_runs_the_driver():
     assert job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == "2.60.0"
     assert not {"entrypointNumCpus", "entrypointNumGpus", "entrypointResources"} & set(job["spec"])
+    assert render(spec_uri="s3://b/a b")["spec"]["entrypoint"].endswith("--spec 's3://b/a b'")
+    assert render(spec_uri=None, entrypoint="bash run.sh")["spec"]["entrypoint"] == "bash run.sh"
     away = render({"entrypoint_resources": {"cpu": 1, "gpu": 0.5, "resources": {"disk": 1}}})["spec"]
     assert (away["entrypointNumCpus"], away["entrypointNumGpus"]) == (1, 0.5)
     assert json.loads(away["entrypointResources"]) == {"disk": 1}
@@ -255,6 +257,12 @@ def test_autoscaling_is_version_two():
     assert "idleTimeoutSeconds" not in worker_group(render())  # only the autoscaler's version 2 allows it
 
 
+def test_autoscaling_counts_pods():
+    scale = {"min_workers": 3, "max_workers": 9}
+    group = worker_group(render({"autoscale": scale, "workers_per_pod": 2, "worker_resources": {"cpu": 2}}))
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 4)
+
+
 def test_spot_workers_drain_and_the_head_stays_off_spot_nodes():
     job = render({"spot": {"provider": "gke"}, "node_selector": {"pool": "gpu"}, "tolerations": [{"key": "own"}]})
     worker = pods(job)["worker"]
@@ -306,12 +314,17 @@ def test_each_scheduler_is_told_in_its_own_words():
         "kueue.x-k8s.io/max-exec-time-seconds": "60",
     }
     assert job["metadata"]["annotations"]["kueue.x-k8s.io/elastic-job"] == "true"
+    assert "kueue.x-k8s.io/elastic-job" not in labels(kueue)[1]["metadata"]["annotations"]
     assert job["spec"]["shutdownAfterJobFinishes"] is True
     found, job = labels(kai, submission_mode="HTTPMode")
     assert found == {"kai.scheduler/queue": "team"}
     assert {pod["spec"]["priorityClassName"] for pod in pods(job).values()} == {"high"}
     # A scheduler's name on the pods would look as if it acted, even where KubeRay does not know it.
     assert "schedulerName" not in json.dumps([labels(gang, submission_mode="HTTPMode")[1] for gang in GANGS[1:]])
+
+
+def test_a_submitter_that_ends_is_not_started_by_the_kubelet():
+    assert pods(render())["submitter"]["spec"]["restartPolicy"] == "Never"
 
 
 def test_http_mode_has_no_submitter():
