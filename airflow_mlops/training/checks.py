@@ -128,8 +128,8 @@ def check_python_version(image: str, python: tuple[int, int]) -> None:
     found = re.search(r"[-_.]py(3)\.?(\d{1,2})(?!\d)", image.rpartition(":")[2])
     if found and (int(found[1]), int(found[2])) != python:
         raise InvalidInputError(
-            f"train_fn was pickled with Python {python[0]}.{python[1]} and the image {image} has {found[1]}.{found[2]}; "
-            "use an image with the same Python, or an importable function"
+            f"train_fn was pickled with Python {python[0]}.{python[1]} and the image {image} has {found[1]}.{found[2]}"
+            "; use an image with the same Python, or an importable function"
         )
 
 
