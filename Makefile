@@ -13,10 +13,10 @@ export DO_NOT_TRACK = 1
 # Without bytecode every process compiles what it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo ui clean test test-fast lint format bench dist help
+.PHONY: demo ui clean test test-fast test-k8s lint format bench dist help
 
 help: ## the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ..."'
@@ -50,6 +50,10 @@ test: $(VENV)/.dev-installed lint ## lint, types, import contracts, all tests
 
 test-fast: $(VENV)/.dev-installed ## the unit tests
 	@$(BIN)/python -m pytest tests/unit
+
+test-k8s: $(VENV)/.dev-installed ## the Kubernetes tests on the cluster in KUBECONFIG, with KubeRay (KUBE_RAY_IMAGE=...)
+	@test -n "$(KUBECONFIG)" || { echo "Name a cluster: make test-k8s KUBECONFIG=path"; exit 1; }
+	@KUBECONFIG="$(KUBECONFIG)" TEST_LIVE_CLUSTER=1 $(BIN)/python -m pytest tests/integration/kube -m live -v
 
 lint: $(VENV)/.dev-installed ## ruff, mypy, import-linter
 	@$(BIN)/ruff check .

@@ -33,6 +33,9 @@ class KubeApi(KubeServer):
     :ivar faults: :class:`Fault` objects, the first that matches is used
     :ivar requests: all requests so far
     :ivar token: what clients have to send
+    :ivar role: rules of a Role (apiGroups, resources, verbs) that is all the client may do; None: everything
+    :ivar proxied: answers what is sent to services through the server's proxy
+    :ivar used: (group, resource, verb) of all requests so far: what a Role has to allow
     """
 
     def __init__(

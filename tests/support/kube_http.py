@@ -11,11 +11,12 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import yaml
 from aiohttp import web
+from support import kube_fields as fields
 from support import kube_objects as rules
 from support.crd import CrdSchemas
 from support.kube_objects import ApiError, timestamp
@@ -56,6 +57,23 @@ class Request(NamedTuple):
     query: dict[str, str]
 
 
+class ProxyRequest(NamedTuple):
+    """A request that the API server passes on to a service; its own Authorization header is not among the headers."""
+
+    namespace: str
+    service: str
+    port: str
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: bytes
+
+
+#: Answers a proxied request with status and body (text, or what becomes JSON); None: the service has no endpoints.
+Service = Callable[[ProxyRequest], "tuple[int, Any] | None"]
+
+
 @dataclasses.dataclass
 class Call:
     """A request, understood.
@@ -88,6 +106,12 @@ class Call:
     def dry_run(self) -> bool:
         return self.query.get("dryRun") == "All"
 
+    @property
+    def manager(self) -> str:
+        """Who writes: the field manager, else the client's program."""
+        agent = self.request.headers.get("User-Agent", "unknown").split("/")[0]
+        return self.query.get("fieldManager") or agent
+
 
 class KubeServer:
     """Starts, stops, answers; :class:`support.kube_api.KubeApi` is the whole thing."""
@@ -105,7 +129,10 @@ class KubeServer:
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.watches = 0
+        self.role: list[Mapping[str, Any]] | None = None
+        self.used: set[tuple[str, str, str]] = set()
         self._forbidden: list[tuple[str, str, str | None]] = []
+        self.proxied: Service | None = None
         self._pages: dict[str, tuple[list[Object], int]] = {}
         self._streams: set[web.StreamResponse] = set()
         self._wake: set[asyncio.Event] = set()
@@ -238,9 +265,30 @@ class KubeServer:
         parts = [part for part in request.path.split("/") if part]
         if (found := self._discovery(parts)) is not None:
             return web.json_response(found)
+        if parts[:3:2] == ["api", "namespaces"] and parts[4:5] == ["services"] and parts[6:7] == ["proxy"]:
+            return await self._proxy(request, parts)
         call = self._understand(request, parts)
         self._authorize(call)
         return await getattr(self, f"_{call.verb}")(call)
+
+    async def _proxy(self, request: web.Request, parts: list[str]) -> web.StreamResponse:
+        service, _, port = parts[5].partition(":")
+        verbs = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+        resource = self.store.named("services")
+        self._authorize(Call(verbs[request.method], resource, "v1", parts[3], service, "proxy", request))
+        path = request.path.split("/proxy", 1)[1] or "/"
+        headers = {key: value for key, value in request.headers.items() if key.lower() != "authorization"}
+        sent = ProxyRequest(
+            parts[3], service, port, request.method, path, dict(request.query), headers, await request.read()
+        )
+        # A service may block, so it is not asked in the event loop.
+        answer = await asyncio.to_thread(self.proxied, sent) if self.proxied else None
+        if answer is None:
+            raise ApiError(503, f'no endpoints available for service "{parts[5]}"')
+        status, body = answer
+        if isinstance(body, str):
+            return web.Response(status=status, text=body)
+        return web.json_response(body, status=status)
 
     def _discovery(self, parts: list[str]) -> dict[str, Any] | None:
         match parts:
@@ -300,16 +348,21 @@ class KubeServer:
 
     def _authorize(self, call: Call) -> None:
         name = f"{call.resource.plural}/{call.subresource}" if call.subresource else call.resource.plural
+        self.used.add((call.resource.group, name, call.verb))
+        # Nobody else has any right here.
+        user = call.request.headers.get("Impersonate-User")
+        if user or not _granted(self.role, call.resource.group, name, call.verb):
+            raise self._forbid_error(call, name, user or USER)
         for verb, resource, namespace in self._forbidden:
             if verb in ("*", call.verb) and resource in ("*", name) and namespace in (None, call.namespace):
-                raise self._forbid_error(call, name)
+                raise self._forbid_error(call, name, USER)
 
     @staticmethod
-    def _forbid_error(call: Call, name: str) -> ApiError:
+    def _forbid_error(call: Call, name: str, user: str) -> ApiError:
         title = call.resource.title + (f' "{call.name}"' if call.name else "")
         where = f'in the namespace "{call.namespace}"' if call.namespace else "at the cluster scope"
         message = (
-            f'{title} is forbidden: User "{USER}" cannot {call.verb} resource "{name}" '
+            f'{title} is forbidden: User "{user}" cannot {call.verb} resource "{name}" '
             f'in API group "{call.resource.group}" {where}'
         )
         details = {"name": call.name, "group": call.resource.group, "kind": call.resource.plural}
@@ -530,7 +583,8 @@ class KubeServer:
             raise ApiError(400, "resourceVersion should not be set on objects to be created")
         obj, headers = self._checked(call, obj)
         obj["apiVersion"] = call.resource.api_version()
-        created = self.store.create(call.resource, call.namespace or "", obj, dry_run=call.dry_run)
+        namespace = call.namespace or ""
+        created = self.store.create(call.resource, namespace, obj, manager=call.manager, dry_run=call.dry_run)
         return web.json_response(self._shown(call, created), status=201, headers=headers)
 
     async def _update(self, call: Call) -> web.StreamResponse:
@@ -551,6 +605,8 @@ class KubeServer:
             kind == "application/strategic-merge-patch+json" and not call.resource.custom
         ):
             return self._change(call, lambda old: rules.merge_patch(old, patch))
+        if kind == "application/apply-patch+yaml":
+            return self._apply(call, patch)
         if kind == "application/json-patch+json":
             return self._change(call, lambda old: rules.json_patch(old, patch))
         supported = "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml"
@@ -560,7 +616,26 @@ class KubeServer:
         )
         raise ApiError(415, message)
 
-    def _change(self, call: Call, make: Callable[[Object], Object]) -> web.StreamResponse:
+    def _apply(self, call: Call, config: Object) -> web.StreamResponse:
+        """Server-side apply: create what is not there, else merge by owners of fields."""
+        manager, force = call.query.get("fieldManager"), call.query.get("force") == "true"
+        if not manager:
+            message = (
+                'PatchOptions.meta.k8s.io "" is invalid: fieldManager: Required value: is required for apply patch'
+            )
+            raise ApiError(422, message)
+        version, now = call.resource.api_version(), self.store.now()
+        with self.store.lock:
+            if self.store.find(*call.place) is not None:
+                return self._change(
+                    call, lambda old: fields.apply(old, config, manager, force, version, now), applied=True
+                )
+            obj, headers = self._checked(call, fields.apply(None, config, manager, force, version, now))
+            obj["apiVersion"], obj["metadata"]["name"] = version, call.name
+            created = self.store.create(call.resource, call.namespace or "", obj, dry_run=call.dry_run)
+        return web.json_response(self._shown(call, created), status=201, headers=headers)
+
+    def _change(self, call: Call, make: Callable[[Object], Object], *, applied: bool = False) -> web.StreamResponse:
         headers: dict[str, str] = {}
 
         def check(obj: Object) -> Object:
@@ -569,7 +644,9 @@ class KubeServer:
             return checked
 
         status = call.subresource == "status"
-        changed = self.store.update(*call.place, make, status=status, check=check, dry_run=call.dry_run)
+        manager = "" if applied else call.manager
+        options: Any = {"status": status, "check": check, "manager": manager, "dry_run": call.dry_run}
+        changed = self.store.update(*call.place, make, **options)
         return web.json_response(self._shown(call, changed), headers=headers)
 
     def _checked(self, call: Call, obj: Object) -> tuple[Object, dict[str, str]]:
@@ -646,6 +723,18 @@ def _refusal(error: ApiError) -> web.Response:
     if error is _NoSuchPath:
         return web.Response(status=404, text=f"{error.message}\n")
     return web.json_response(error.body(), status=error.status, headers=headers)
+
+
+def _granted(role: Iterable[Mapping[str, Any]] | None, group: str, resource: str, verb: str) -> bool:
+    """Whether a Role's rules allow a request; no role allows all."""
+
+    def holds(wanted: str, given: Iterable[str]) -> bool:
+        return "*" in given or wanted in given
+
+    return role is None or any(
+        holds(group, rule["apiGroups"]) and holds(resource, rule["resources"]) and holds(verb, rule["verbs"])
+        for rule in role
+    )
 
 
 def is_watch(query: Mapping[str, str]) -> bool:

@@ -32,9 +32,11 @@ class Stop(threading.Event):
     """Set when a container has to end.
 
     :ivar killed: it ends at once (SIGKILL): nothing may be saved any more
+    :ivar log: writes a line of output
     """
 
     killed = False
+    log: Callable[[str], None] = staticmethod(lambda line: None)
 
 
 class Driver:

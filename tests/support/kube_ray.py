@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from support.kube_api import KubeApi
+from support.kube_http import ProxyRequest
 from support.kube_objects import ApiError, merge_patch, timestamp
+from support.kube_pods import Driver
 from support.kube_store import Object
 
 
@@ -152,6 +154,42 @@ def _reference(obj: Object) -> dict[str, Any]:
         "controller": True,
         "blockOwnerDeletion": True,
     }
+
+
+def answer_jobs_api(
+    request: ProxyRequest, rayjob: Object, driver: Driver | None, output: Sequence[str]
+) -> tuple[int, Any]:
+    """What a cluster's dashboard says about its one job."""
+    status = rayjob.get("status") or {}
+    job_id, path = status.get("jobId", ""), request.path.rstrip("/")
+    info = {
+        "type": "SUBMISSION",
+        "submission_id": job_id,
+        "job_id": "01000000",
+        "status": driver.status if driver else "PENDING",
+        "entrypoint": rayjob["spec"].get("entrypoint"),
+        "message": status.get("message", ""),
+        "metadata": {},
+        "runtime_env": {},
+        "driver_exit_code": driver.exit_code if driver else None,
+    }
+    match request.method, path.split("/")[2:]:
+        case "GET", ["version"]:
+            return 200, {"version": "4", "ray_version": "2.60.0", "ray_commit": ""}
+        case "GET", ["jobs"]:
+            return 200, [info] if driver else []
+        case _, ["jobs", wanted, *_] if wanted != job_id or driver is None:
+            return 404, f"Job {wanted} does not exist"
+        case "GET", ["jobs", _]:
+            return 200, info
+        case "GET", ["jobs", _, "logs"]:
+            return 200, {"logs": "".join(f"{line}\n" for line in output)}
+        case "POST", ["jobs", _, "stop"]:
+            stopped = driver is not None and driver.running and not driver.stop.is_set()
+            if stopped and driver is not None:
+                driver.stop.set()
+            return 200, {"stopped": stopped}
+    return 404, "404: Not Found"
 
 
 def owner_name(pod: Object) -> str:

@@ -1,8 +1,8 @@
 """KubeRay for the stand-in API server: RayJobs get clusters, pods and submitters, and statuses as the recorded ones.
 
 What is simulated: the states of KubeRay 1.7 in K8sJobMode and HTTPMode, finalizer, time to live, suspension, deadlines,
-the events that name a cause, Volcano's PodGroup, YuniKorn's scheduler name and Kueue's Workload. What a RayJob's
-entrypoint does is a Python callable.
+the events that name a cause, the Jobs API of each cluster's dashboard behind the API server's service proxy, Volcano's
+PodGroup, YuniKorn's scheduler name and Kueue's Workload. What a RayJob's entrypoint does is a Python callable.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from support.kube_api import KubeApi
+from support.kube_http import ProxyRequest
 from support.kube_objects import ApiError, timestamp
 from support.kube_pods import LIVE_PHASES, Driver, Kubelet, Stop, Trouble, recorded
-from support.kube_ray import GoneError, Job, invalid, owner_name
+from support.kube_ray import GoneError, Job, answer_jobs_api, invalid, owner_name
 from support.kube_store import Object
 
 __all__ = ["RayJobSimulator", "Stop"]
 
+CONTROLLER = "ray.io/kuberay-operator"
 FINALIZER = "ray.io/rayjob-finalizer"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 #: KubeRay gives up a dashboard that does not answer after these seconds.
@@ -44,6 +47,7 @@ class RayJobSimulator:
     :ivar max_overlap: per value of the run label: how many RayJobs had live pods at one time
     :ivar max_running: per value of the run label: how many entrypoints ran at one time
     :ivar started: names of RayJobs whose entrypoint was started, in order
+    :ivar outputs: by ``namespace/name``: the lines that the entrypoint wrote
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class RayJobSimulator:
         self.max_overlap: dict[str, int] = {}
         self.max_running: dict[str, int] = {}
         self.started: list[str] = []
+        self.outputs: dict[str, list[str]] = {}
         self.kubelet = Kubelet(api, scale)
         self._drivers: dict[str, Driver] = {}
         self._held: set[str] = set()
@@ -97,6 +102,7 @@ class RayJobSimulator:
     async def _main(self) -> None:
         self._loop, self._stopping, self._wake = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         self.api.store.listeners.append(self._nudge)
+        self.api.proxied = self._dashboard
         try:
             self._look()
             self._ready.set()
@@ -145,7 +151,7 @@ class RayJobSimulator:
                 if task:
                     task.cancel()
                 self._lives[uid] = asyncio.create_task(self._delete(rayjob), name="delete")
-        elif task is None:
+        elif task is None and rayjob["spec"].get("managedBy", CONTROLLER) == CONTROLLER:
             self._lives[uid] = asyncio.create_task(self._life(rayjob), name="life")
 
     # What tests see and do
@@ -333,6 +339,7 @@ class RayJobSimulator:
         submitted = ("submitter", "Running") if submitter else ("rayjob", "Running")
         await self.kubelet.sleep(recorded("rayjob", "Running", "PENDING", since=submitted))
         driver = Driver(self.script, job.get(), lambda: None)
+        driver.stop.log = lambda line: self._log(job, submitter, line)
         if job.key in self._lost or self.kubelet.find(head) is None:
             return await self._head_lost(job)
         self._drivers[job.key] = driver
@@ -342,6 +349,7 @@ class RayJobSimulator:
         await self.kubelet.sleep(recorded("rayjob", "Running", "RUNNING", since=("rayjob", "Running", "PENDING")))
         if job.key in self._lost or self.kubelet.find(head) is None or driver.stop.is_set():
             return await self._head_lost(job)
+        driver.stop.log(f"Running entrypoint for job {job.get()['status']['jobId']}: {job.spec.get('entrypoint')}")
         driver.start()
         self.started.append(job.name)
         self._count_running(job)
@@ -405,6 +413,24 @@ class RayJobSimulator:
         with contextlib.suppress(GoneError):
             kept = [item for item in job.get()["metadata"].get("finalizers", []) if item != FINALIZER]
             job.edit({"metadata": {"finalizers": kept}})
+
+    def _dashboard(self, request: ProxyRequest) -> tuple[int, Any] | None:
+        """The dashboard of a cluster, as long as its head pod is ready."""
+        cluster = self.api.get("RayCluster", request.namespace, request.service.removesuffix("-head-svc"))
+        name = cluster and cluster["metadata"]["labels"].get("ray.io/originated-from-cr-name")
+        pods = self._pods_of(name, request.namespace) if name else []
+        heads = [pod for pod in pods if pod["metadata"]["labels"].get("ray.io/node-type") == "head"]
+        rayjob = self.api.get("RayJob", request.namespace, name) if name else None
+        if not heads or not self.kubelet.ready(heads[0]) or not rayjob:
+            return None
+        key = f"{request.namespace}/{name}"
+        return answer_jobs_api(request, rayjob, self._drivers.get(key), self.outputs.get(key, []))
+
+    def _log(self, job: Job, submitter: Object | None, line: str) -> None:
+        self.outputs.setdefault(job.key, []).append(line)
+        if submitter and job.key not in self._submitter_dead:
+            with contextlib.suppress(ApiError):
+                self.api.add_pod_log(submitter["metadata"]["name"], [line], namespace=job.namespace)
 
     def _count_running(self, job: Job) -> None:
         label = self._labels.get(job.key, "")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from support.crd import CrdSchemas
+from support.kube_fields import after_update
 from support.kube_objects import ApiError, timestamp
 
 Object = dict[str, Any]
@@ -213,8 +214,13 @@ class Store:
 
     # Writing
 
-    def create(self, resource: Resource, namespace: str, obj: Object, *, dry_run: bool = False) -> Object:
-        """Store a new object; the caller has checked it against its schema."""
+    def create(
+        self, resource: Resource, namespace: str, obj: Object, *, manager: str = "", dry_run: bool = False
+    ) -> Object:
+        """Store a new object; the caller has checked it against its schema.
+
+        :param manager: who is recorded in ``managedFields``; empty: what the object says
+        """
         meta = dict(obj.get("metadata") or {})
         if not meta.get("name"):
             meta["name"] = meta.get("generateName", "") + uuid.uuid4().hex[:5]
@@ -234,6 +240,8 @@ class Store:
             new = {"apiVersion": resource.api_version(), "kind": resource.kind, **obj, "metadata": meta}
             if resource.status and resource.custom:
                 new.pop("status", None)
+            if manager:
+                meta["managedFields"] = after_update(None, new, manager, resource.api_version(), self.now())
             if dry_run:
                 return new
             return self._write(resource, namespace, name, None, new)
@@ -247,6 +255,7 @@ class Store:
         *,
         status: bool = False,
         check: Callable[[Object], Object] = lambda obj: obj,
+        manager: str = "",
         dry_run: bool = False,
     ) -> Object:
         """Replace an object by what ``make`` returns for a copy of it.
@@ -260,7 +269,12 @@ class Store:
             self._refuse_stale(resource, old, new.get("metadata") or {})
             new = self._combine(resource, old, new, status)
             new = check(new)
-            if new == old or dry_run:
+            if manager and not status:
+                fields = after_update(old, new, manager, resource.api_version(), self.now())
+                new["metadata"]["managedFields"] = fields
+            if new == old:
+                return old
+            if dry_run:
                 return new
             if not status and _content(new) != _content(old):
                 new["metadata"]["generation"] = old["metadata"].get("generation", 1) + 1
@@ -436,7 +450,8 @@ class Store:
             for dependent_key, dependent_namespace, dependent in sorted(self._dependents.get(uid, ())):
                 found = self.objects[dependent_key][dependent_namespace, dependent]
                 owners = [owner for owner in found["metadata"]["ownerReferences"] if owner["uid"] != uid]
-                meta = {**found["metadata"], "ownerReferences": owners}
+                meta = {key: value for key, value in found["metadata"].items() if key != "ownerReferences"}
+                meta |= {"ownerReferences": owners} if owners else {}
                 self._write(
                     self._resources[dependent_key], dependent_namespace, dependent, found, {**found, "metadata": meta}
                 )
