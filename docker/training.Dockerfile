@@ -1,16 +1,28 @@
-# What Ray's head and workers run. CPU by default; for GPUs build with
-#   docker build -f docker/training.Dockerfile --build-arg RAY_IMAGE=rayproject/ray:2.60.0-py311-gpu -t ray-mlops:gpu .
-# The Ray version of the image has to be the one the driver was tested with (constraints.txt).
+# What Ray's head and workers run on CPUs; training-cuda.Dockerfile is the same for NVIDIA GPUs.
+# Build from the repository's root:
+#   docker build -f docker/training.Dockerfile -t registry.example.com/training:ray2.60.0-cpu .
+# RayTrainOperator reads the Ray version from such a tag. It has to be that of constraints.txt, which the tests ran with.
 ARG RAY_IMAGE=rayproject/ray:2.60.0-py311-cpu
-FROM ${RAY_IMAGE}
 
+FROM ${RAY_IMAGE} AS wheel
+COPY --chown=ray:users . /tmp/airflow-mlops
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /tmp/wheels /tmp/airflow-mlops
+
+FROM ${RAY_IMAGE}
+ARG TORCH=torch==2.13.0
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0
-
-COPY --chown=ray:users . /home/ray/airflow-mlops
-WORKDIR /home/ray/airflow-mlops
-# The driver and the training code need the package and MLflow's model formats, not Airflow.
-RUN pip install --no-deps . \
-    && pip install --constraint constraints.txt "fsspec" "mlflow-skinny" "pandas<3" "pyarrow" "s3fs" "scikit-learn" "xgboost"
-WORKDIR /home/ray
+COPY --from=wheel --chown=ray:users /tmp/wheels /tmp/wheels
+COPY --chown=ray:users constraints.txt /tmp/constraints.txt
+# The driver and the training code need the package, storage and MLflow's model formats, not Airflow.
+RUN pip install --no-deps /tmp/wheels/*.whl \
+    && pip install --constraint /tmp/constraints.txt --index-url "${TORCH_INDEX}" --extra-index-url https://pypi.org/simple \
+        "${TORCH}" \
+    && pip install --constraint /tmp/constraints.txt \
+        "ray[default,train,tune]" \
+        fsspec mlflow-skinny optuna pandas psutil pyarrow s3fs scikit-learn \
+        lightgbm xgboost \
+    && rm -rf /tmp/wheels /tmp/constraints.txt

@@ -9,8 +9,9 @@ from typing import Any
 def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     """Boosted trees for a binary label, resumed from the run's last checkpoint.
 
-    :param config: ``data`` (Parquet file or folder), ``features``, ``label``; optional ``rounds`` (50), ``params``
-        (over XGBoost's), ``checkpoint_every`` (rounds, 10)
+    :param config: ``data`` (Parquet file or folder), ``features``, ``label``; optional ``validation`` (Parquet of rows
+        to report metrics on, which a search should look at), ``rounds`` (50), ``params`` (over XGBoost's),
+        ``checkpoint_every`` (rounds, 10)
     """
     import pyarrow.dataset
     import ray.train
@@ -20,12 +21,17 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     features, label = list(config["features"]), config["label"]
-    table = pyarrow.dataset.dataset(config["data"]).to_table(columns=[*features, label])
-    share = table.slice(
-        table.num_rows * rank // world, table.num_rows * (rank + 1) // world - table.num_rows * rank // world
-    )
-    frame = share.to_pandas()
-    data = xgboost.DMatrix(frame[features].astype("float32"), frame[label], nthread=1)
+
+    def matrix(path: str, rank: int, world: int) -> Any:
+        table = pyarrow.dataset.dataset(path).to_table(columns=[*features, label])
+        first, end = table.num_rows * rank // world, table.num_rows * (rank + 1) // world
+        frame = table.slice(first, end - first).to_pandas()
+        return xgboost.DMatrix(frame[features].astype("float32"), frame[label], nthread=1)
+
+    data = matrix(config["data"], rank, world)
+    evals = [(data, "train")]
+    if config.get("validation"):
+        evals.append((matrix(config["validation"], rank, world), "validation"))
 
     every, rounds = int(config.get("checkpoint_every", 10)), int(config.get("rounds", 50))
     checkpoint = ray.train.get_checkpoint()
@@ -38,7 +44,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
         params | dict(config.get("params") or {}),
         data,
         num_boost_round=rounds - done,
-        evals=[(data, "train")],
+        evals=evals,
         verbose_eval=False,
         xgb_model=model,
         callbacks=[RayTrainReportCallback(frequency=every)],

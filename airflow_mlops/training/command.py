@@ -9,6 +9,9 @@ The command finds in its environment
   and ``name`` of its ``RunConfig`` a command that uses Ray Train resumes by itself;
 - ``MLOPS_CHECKPOINT``: the last checkpoint committed there, empty before the first.
 
+With ``stall_timeout`` a command must show that it moves: by Ray Train's checkpoints as above, or by writing any file
+directly into ``MLOPS_RUN_DIR``.
+
 Exit code 0 is success. Being killed by a signal, or exit code 75 (``EX_TEMPFAIL`` of sysexits.h), is blamed on the
 machine, anything else on the command. A stop sends SIGTERM to the command and all it has started.
 """

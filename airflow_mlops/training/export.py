@@ -121,4 +121,8 @@ def _signature(names: Sequence[str] | None, features: int, outputs: int) -> Any:
 
 
 def _pins(library: str) -> list[str]:
-    return [f"{name}=={importlib.metadata.version(name)}" for name in ("mlflow", library, "numpy", "pandas")]
+    import mlflow
+
+    # A training image may have mlflow-skinny instead: the same modules under another distribution's name.
+    others = [f"{name}=={importlib.metadata.version(name)}" for name in (library, "numpy", "pandas")]
+    return [f"mlflow=={mlflow.__version__}", *others]

@@ -1,0 +1,116 @@
+"""The Dags for Kubernetes describe clusters that can be made, and the images have the versions that were tested."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pathlib
+import re
+import runpy
+from typing import Any
+
+import pytest
+import yaml
+from airflow.sdk import BaseOperator
+from support.crd import CrdSchemas, crd_dir
+
+from airflow_mlops.hooks.kubernetes import NEEDED_ACCESS
+from airflow_mlops.training.cluster import KubeCluster, fitted
+from airflow_mlops.training.limits import Limits
+from airflow_mlops.training.manifest import Owner, render_rayjob
+from airflow_mlops.training.spec import TrainingSpec, load_callable, worker_count
+
+ROOT = pathlib.Path(__file__).parents[2]
+DAGS = sorted((ROOT / "airflow_mlops/example_dags").glob("ray_*.py"))
+IMAGES = sorted((ROOT / "docker").glob("training*.Dockerfile"))
+
+
+class Recorder(BaseOperator):
+    """Takes whatever the operator takes, and keeps it."""
+
+    def __init__(self, *, task_id: str, **given: Any) -> None:
+        super().__init__(task_id=task_id)
+        self.given = given
+
+
+def of(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    return {entry.name: given[entry.name] for entry in dataclasses.fields(kind) if entry.name in given}
+
+
+def rendered(value: Any, params: dict[str, Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: rendered(entry, params) for key, entry in value.items()}
+    if isinstance(value, str) and (named := re.fullmatch(r"{{ params\.(\w+) }}", value)):
+        return params[named[1]]
+    return value
+
+
+@pytest.fixture(params=DAGS, ids=lambda path: path.stem)
+def training(request, monkeypatch) -> dict[str, Any]:
+    """What the Dag's one task gives the operator, rendered with the Dag's defaults."""
+    monkeypatch.setattr("airflow_mlops.operators.ray.RayTrainOperator", Recorder)
+    dag = runpy.run_path(str(request.param))["dag"]
+    assert dag.dag_id == request.param.stem and dag.doc_md and not dag.schedule
+    (task,) = dag.tasks
+    return rendered(task.given, {name: dag.params[name] for name in dag.params})
+
+
+def test_its_cluster_can_be_made_and_its_training_found(training):
+    assert training["mode"] == "kuberay"
+    spec = TrainingSpec(run_key="r1", **of(TrainingSpec, training | {"ray_version": None}))
+    assert spec.num_workers == worker_count(training["num_workers"])
+    cluster = KubeCluster.from_mapping(of(KubeCluster, training))
+    spec = fitted(spec, cluster)
+    load_callable(spec.train_fn)
+    limits = Limits.from_mapping(of(Limits, training))
+    limits.validate(gpus=spec.gpus_per_worker)
+    manifest = render_rayjob(
+        spec, cluster, name="r1-a1", owner=Owner("dag", "train", "run"), spec_uri="s3://runs/r1/_mlops/spec-a1.json"
+    )
+    if crd_dir() is None:
+        pytest.skip("the CRDs are not at hand (KUBE_CRD_DIR)")
+    assert CrdSchemas(crd_dir()).errors(manifest) == []
+
+
+def test_each_image_has_the_tested_versions():
+    constraints = (ROOT / "constraints.txt").read_text()
+    (ray,) = re.findall(r"^ray==(\S+)$", constraints, re.MULTILINE)
+    (torch,) = re.findall(r"^TORCH \?= torch==(\d[\d.]*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(IMAGES) == 2
+    for image in IMAGES:
+        text = image.read_text()
+        assert re.search(rf"^ARG RAY_IMAGE=rayproject/ray:{re.escape(ray)}-py3\d+-(cpu|gpu)$", text, re.MULTILINE)
+        assert f"ARG TORCH=torch=={torch}\n" in text and f":ray{ray}-" in text
+        installed = set(re.findall(r"^        (?:\")?([a-z][\w -]*?)(?:\[[\w,]+\]\")? \\$", text, re.MULTILINE))
+        wanted = {name for names in installed for name in names.split()}
+        assert {"ray", "optuna", "xgboost", "mlflow-skinny", "s3fs"} <= wanted, wanted
+        unpinned = {name for name in wanted if not re.search(rf"^{name}==", constraints, re.MULTILINE)}
+        assert not unpinned
+
+
+@pytest.mark.parametrize("path", DAGS, ids=lambda path: path.stem)
+def test_the_ray_of_an_example_is_the_images(path):
+    (ray,) = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    text = path.read_text()
+    assert f'ray_version="{ray}"' in text and f":ray{ray}-" in text
+
+
+def test_the_role_is_what_the_hook_needs_and_no_more():
+    documents = list(yaml.safe_load_all((ROOT / "docker/kubernetes/rbac.yaml").read_text()))
+    roles = {entry["metadata"]["name"]: entry for entry in documents if entry["kind"] == "Role"}
+    bindings = {entry["roleRef"]["name"] for entry in documents if entry["kind"] == "RoleBinding"}
+    assert bindings == set(roles)
+    given = {
+        (group, resource, verb)
+        for rule in roles["airflow-mlops-training"]["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert given == {(group, resource, verb) for group, resource, verbs in NEEDED_ACCESS for verb in verbs}
+    assert "*" not in (ROOT / "docker/kubernetes/rbac.yaml").read_text()
+
+
+def test_the_examples_come_with_the_package():
+    assert importlib.import_module("airflow_mlops.example_dags").__doc__
+    assert len(DAGS) == 3
