@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +236,7 @@ class RayJobsHook(RayHook):
         """Like :meth:`logs`, for an event loop."""
         return logs_of(*await self.arequest("GET", f"/api/jobs/{submission_id}/logs", allow=(404,)))
 
-    async def alog_lines(self, submission_id: str, offset: int = 0) -> AsyncIterator[tuple[int, str]]:
+    async def alog_lines(self, submission_id: str, offset: int = 0) -> AsyncGenerator[tuple[int, str]]:
         """Lines of the driver's log as they are written, each with the byte offset behind it, until the job is over.
 
         Ray sends the log from its start whenever it is asked, so all before ``offset`` is dropped, and a connection
@@ -269,15 +269,15 @@ class RayJobsHook(RayHook):
         for entry in lines.rest():
             yield entry
 
-    async def _atail(self, submission_id: str) -> AsyncIterator[str]:
+    async def _atail(self, submission_id: str) -> AsyncGenerator[str]:
         import aiohttp
 
         endpoint = await self.aendpoint()
         url = f"{endpoint.address}/api/jobs/{submission_id}/logs/tail"
-        limits = aiohttp.ClientWSTimeout(ws_receive=QUIET, ws_close=5.0)
+        limits = aiohttp.ClientWSTimeout(ws_receive=QUIET, ws_close=1.0)
         try:
             async with self._asession() as session:
-                # No heartbeat: Ray does not answer pings on this socket.
+                # No heartbeat and no long good-bye: Ray answers neither on this socket.
                 async with session.ws_connect(
                     url, headers=endpoint.headers, ssl=endpoint.ssl, timeout=limits, max_msg_size=0
                 ) as socket:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from airflow_mlops.exceptions import ExternalSystemError, MlopsError
-from airflow_mlops.hooks.ray import LOG_TAIL, RayJobsHook
+from airflow_mlops.hooks.ray import LOG_TAIL, AccessRefusedError, RayJobsHook
 from airflow_mlops.training.decide import ACTIVE, FINAL, Observation, Patience
+from airflow_mlops.training.limits import Breach
 from airflow_mlops.training.spec import TrainingSpec, submission_id_of
+
+if TYPE_CHECKING:
+    from airflow_mlops.triggers._training import LimitWatch
+
+#: Seconds in which the rest of a live log is passed on once the job is over, and between two looks whether it is.
+LOG_DRAIN, LOG_LOOK = 30.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,13 @@ class JobsRunner:
     :param runtime_env: Ray runtime environment of the job
     :param poll_interval: seconds between two looks
     :param unreachable_timeout: seconds that the dashboard may be away
-    :param stop_timeout: seconds that a stopped job has to end
+    :param stop_timeout: seconds that a stopped job has to commit a checkpoint and end
     :param metadata: shown in Ray's dashboard
+    :param logs: of the driver's log ``"off"``: nothing, ``"tail"``: the end when the job is over, or ``"live"``: every
+        line as it is written
+    :param on_line: takes a line of the driver's log, from another thread where the log is live
+    :param resources: what the driver reserves: ``entrypoint_num_cpus``, ``entrypoint_num_gpus``,
+        ``entrypoint_memory``, ``entrypoint_resources``, ``entrypoint_label_selector``; any lets it leave the head node
     """
 
     def __init__(
@@ -79,18 +95,22 @@ class JobsRunner:
         unreachable_timeout: float,
         stop_timeout: float,
         metadata: Mapping[str, str],
+        logs: str = "off",
+        on_line: Callable[[str], None] = print,
+        resources: Mapping[str, Any] | None = None,
     ) -> None:
         self.hook = hook
         self._python, self._runtime_env, self._metadata = python, dict(runtime_env or {}), dict(metadata)
         self._poll_interval, self._unreachable_timeout = poll_interval, unreachable_timeout
-        self._stop_timeout = stop_timeout
+        self._stop_timeout, self._resources = stop_timeout, dict(resources or {})
+        self._logs, self._on_line = logs, on_line
 
     def start(self, spec: TrainingSpec, spec_uri: str) -> bool:
         """Submit the attempt's driver; a job of its name is adopted, False if that is over already."""
         threads = int((spec.resources_per_worker or {}).get("CPU", 1)) or 1
         env_vars = {
-            # Ray kills a stopped job after 3 s unless told otherwise.
-            "RAY_JOB_STOP_WAIT_TIME_S": str(int(self._stop_timeout)),
+            # Ray kills a stopped job after 3 s unless told otherwise, which is too soon for a checkpoint.
+            "RAY_JOB_STOP_WAIT_TIME_S": str(max(1, math.ceil(self._stop_timeout))),
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
             # A process less where nobody preempts the machine.
@@ -102,6 +122,7 @@ class JobsRunner:
             f"exec {shlex.quote(self._interpreter())} -m airflow_mlops.training --spec {shlex.quote(spec_uri)}",
             runtime_env={**self._runtime_env, "env_vars": env_vars},
             metadata={**self._metadata, "run_key": spec.run_key, "attempt": str(spec.attempt)},
+            **self._resources,
         )
         return created or self.peek(spec).status not in FINAL
 
@@ -111,29 +132,63 @@ class JobsRunner:
 
     def wait(self, spec: TrainingSpec) -> Observation:
         """Look until the attempt is over, lost or out of reach."""
-        patience = Patience(self._unreachable_timeout)
+        end = self.wait_within(spec, None)
+        assert isinstance(end, Observation)
+        return end
+
+    def wait_within(self, spec: TrainingSpec, watch: LimitWatch | None) -> Observation | Breach:
+        """Like :meth:`wait`, held to limits: one that is broken is returned once the attempt has been stopped.
+
+        :param watch: the limits, and how far the training is
+        :raises ExternalSystemError: the attempt has broken a limit and does not end
+        """
+        with self._live_log(spec):
+            end = self._until_over(spec, watch)
+            if isinstance(end, Breach):
+                self.stop(spec)
+        self.show_tail(spec)
+        return end
+
+    def _until_over(self, spec: TrainingSpec, watch: LimitWatch | None) -> Observation | Breach:
+        patience, admitted = Patience(self._unreachable_timeout), False
         while True:
-            seen: Observation | None
+            seen: Observation | None = None
+            status: str | None = None
             try:
                 seen = self.peek(spec)
+                status, admitted = seen.status, True
                 patience.answered()
-            except ExternalSystemError as error:
+            except (ExternalSystemError, AccessRefusedError) as error:
+                # A token that was accepted before may be about to be rotated.
+                if isinstance(error, AccessRefusedError) and not admitted:
+                    raise
                 seen = patience.silent(time.monotonic(), str(error))
             if seen is not None and seen.status in FINAL:
                 return seen
+            broken = watch.check(status) if watch is not None else None
+            if broken is not None:
+                return broken
             time.sleep(self._poll_interval)
 
     def stop(self, spec: TrainingSpec) -> None:
-        """Stop the job and wait until it has ended.
+        """Stop the job and wait until it has ended, for its driver may commit a checkpoint first.
 
         :raises ExternalSystemError: it has not within the stop timeout and 15 s
         """
-        self.hook.stop(submission_id_of(spec))
-        deadline = time.monotonic() + self._stop_timeout + 15
-        while self.peek(spec).status in ACTIVE:
+        name, deadline, asked = submission_id_of(spec), time.monotonic() + self._stop_timeout + 15, False
+        while True:
+            why = "still runs"
+            try:
+                if not asked:
+                    self.hook.stop(name)
+                    asked = True
+                if self.peek(spec).status not in ACTIVE:
+                    return
+            except ExternalSystemError as error:
+                why = str(error)
             if time.monotonic() > deadline:
-                raise ExternalSystemError(f"Ray job {submission_id_of(spec)} was asked to stop and still runs")
-            time.sleep(0.5)
+                raise ExternalSystemError(f"Ray job {name} was asked to stop and has not been seen to end: {why}")
+            time.sleep(min(0.5, self._poll_interval))
 
     def tail(self, spec: TrainingSpec) -> str:
         """The end of the job's log, or why it cannot be had."""
@@ -141,6 +196,50 @@ class JobsRunner:
             return "\n".join(self.hook.logs(submission_id_of(spec)).splitlines()[-LOG_TAIL:])
         except MlopsError as error:
             return f"(the job's log cannot be read: {error})"
+
+    def show_tail(self, spec: TrainingSpec) -> None:
+        """Pass on the end of the job's log, if that is how it is to be shown."""
+        if self._logs == "tail":
+            for line in self.tail(spec).splitlines():
+                self._on_line(line)
+
+    @contextmanager
+    def _live_log(self, spec: TrainingSpec) -> Iterator[None]:
+        """Pass the log on from a thread while the block lasts, and its rest at the end."""
+        if self._logs != "live":
+            yield
+            return
+        from airflow_mlops.triggers._training import LogRelay, ended_with
+
+        # Connections are looked up in the thread that runs the task.
+        hook = RayJobsHook(endpoint=self.hook.endpoint)
+        relay = LogRelay(spec, self._on_line)
+        over = threading.Event()
+        patience = LOG_DRAIN
+
+        async def follow() -> None:
+            lines = asyncio.create_task(
+                relay.follow(lambda place: hook.alog_lines(submission_id_of(spec), int(place or 0)))
+            )
+            waited = 0.0
+            while not lines.done() and waited < patience:
+                await asyncio.wait({lines}, timeout=LOG_LOOK)
+                waited += LOG_LOOK if over.is_set() else 0.0
+            lines.cancel()
+            (end,) = await asyncio.gather(lines, return_exceptions=True)
+            if isinstance(end, Exception):
+                self._on_line(ended_with(end))
+
+        thread = threading.Thread(target=lambda: asyncio.run(follow()), name="driver-log", daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            patience = 0.0  # whoever ends the task is not kept waiting for a log
+            raise
+        finally:
+            over.set()
+            thread.join()
 
     @property
     def _on_this_machine(self) -> bool:

@@ -101,7 +101,7 @@ class RayDashboard:
                 web.get(f"{root}/api/jobs/{{name}}/logs/tail", self._tail),
             ]
         )
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
@@ -175,7 +175,7 @@ class RayDashboard:
         cut = self.cuts.pop(0) if self.cuts else None
         sent, self.open_sockets = 0, self.open_sockets + 1
         try:
-            while True:
+            while request.transport is not None and not request.transport.is_closing():
                 over = self.jobs[name]["status"] in FINAL
                 data = self.log.get(name, "").encode()
                 until = min(len(data), sent + CHUNK, len(data) if cut is None else cut)
@@ -197,6 +197,7 @@ class RayDashboard:
                     return socket
                 else:
                     await asyncio.sleep(0.01)
+            return socket
         finally:
             self.open_sockets -= 1
 
