@@ -15,7 +15,11 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from airflow_mlops.training.decide import Observation
-from airflow_mlops.training.manifest import ATTEMPT_LABEL, KUEUE_QUEUE_LABEL, OWNER_TRY_ANNOTATION
+
+#: On the RayJob: number of the attempt, and which try of the task follows it.
+ATTEMPT_LABEL = "mlops.airflow.org/attempt"
+OWNER_TRY_ANNOTATION = "mlops.airflow.org/owner-try"
+KUEUE_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 #: Seconds that KubeRay has to catch up with a job that has ended.
 SETTLE = 300.0
