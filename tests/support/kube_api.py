@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 from support import kube_objects as rules
 from support.crd import CrdSchemas
-from support.kube_http import Fault, KubeServer, Request, containers, is_watch
+from support.kube_http import Fault, KubeServer, Request
 from support.kube_objects import timestamp
 from support.kube_store import Object, Resource
+from support.kube_verbs import containers, is_watch
 
 __all__ = ["Fault", "KubeApi", "Request"]
 

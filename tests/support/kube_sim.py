@@ -402,6 +402,10 @@ class RayJobSimulator:
         if job.spec.get("shutdownAfterJobFinishes"):
             await self.kubelet.sleep(float(job.spec.get("ttlSecondsAfterFinished") or 0) + 1.5)
             job.drop_cluster()
+        # A submitter that follows a job of which nothing is left fails.
+        for pod in self._pods_of(job.name, job.namespace):
+            if "job-name" in pod["metadata"]["labels"] and pod["status"]["phase"] in LIVE_PHASES:
+                self.kubelet.finish(pod, "Failed")
 
     async def _delete(self, rayjob: Object) -> None:
         job = Job(self.api, rayjob)
