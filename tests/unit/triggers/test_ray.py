@@ -219,10 +219,18 @@ def test_log_is_shown_once_over_cut_sockets_and_restarted_triggerers(dashboard, 
     assert shown == TEXT and restarts > 2
 
 
-def test_end_of_the_log_comes_before_the_event(dashboard, spec):
+def test_end_of_the_log_comes_before_the_event(dashboard, spec, monkeypatch):
+    monkeypatch.setattr(hooks, "LOG_PAUSE", 0.5)
     shown = Shown()
+    dashboard.cuts = [2]
     dashboard.write("j", "one\ntwo without an end")
-    dashboard.finish("j")
+
+    async def wait():
+        asyncio.get_running_loop().call_later(0.1, dashboard.finish, "j")
+        return await event(trigger(spec, shown, logs="live"))
+
+    asyncio.run(wait())
+    assert shown == ["one", "two without an end"]
     asyncio.run(event(trigger(spec, shown, logs="live")))
     assert shown == ["one", "two without an end"]
     asyncio.run(event(trigger(spec, shown, logs="live")))

@@ -215,6 +215,28 @@ def test_log_goes_on_where_its_follower_was_told_to_end(spec):
     assert shown == LINES and rounds > 3
 
 
+def test_follower_that_is_told_to_end_leaves_when_it_has_noted_its_place(spec, monkeypatch):
+    shown: list[str] = []
+    note = LogRelay._note
+
+    def slowly(self, place) -> None:
+        time.sleep(0.3)
+        note(self, place)
+
+    monkeypatch.setattr(LogRelay, "_note", slowly)
+
+    async def end_in_between() -> int:
+        relay = LogRelay(spec, shown.append, every=0.01)
+        following = asyncio.create_task(relay.follow(lambda place: source(place, until=50)))
+        while not shown:
+            await asyncio.sleep(0.005)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        return storage.read_json(spec.file("log-offset-a2.json"))["place"]
+
+    assert asyncio.run(end_in_between()) == len(shown) == 50
+
+
 def test_log_of_a_killed_follower_is_repeated_by_one_batch_at_most(spec):
     shown: list[str] = []
 
