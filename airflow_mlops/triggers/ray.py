@@ -1,4 +1,4 @@
-"""Waiting for a Ray job in the triggerer."""
+"""Waiting for a Ray job, or before the next attempt at one, in the triggerer."""
 
 from __future__ import annotations
 
@@ -215,3 +215,24 @@ class RayJobTrigger(BaseTrigger):
                         raise
                     self.log.warning("%s", error)
                     await asyncio.sleep(KILL_PAUSE)
+
+
+class PauseTrigger(BaseTrigger):
+    """Fires ``{"paused": true, "state": state}`` when it is time for the next attempt.
+
+    :param until: Unix time
+    :param state: handed back with the event
+    """
+
+    def __init__(self, *, until: float, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.until, self.state = until, state
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Class path and constructor arguments."""
+        return "airflow_mlops.triggers.ray.PauseTrigger", {"until": self.until, "state": self.state}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Wait; by the clock on the wall, so that a restarted triggerer does not begin anew."""
+        await asyncio.sleep(max(self.until - time.time(), 0.0))
+        yield TriggerEvent({"paused": True, "state": self.state})

@@ -16,7 +16,7 @@ from airflow_mlops.training.limits import Budget, Limits, Times
 from airflow_mlops.training.result import TrainingResult, outcome, read_result, write_result
 from airflow_mlops.training.spec import TrainingSpec
 from airflow_mlops.triggers import _training, ray
-from airflow_mlops.triggers.ray import RayJobTrigger
+from airflow_mlops.triggers.ray import PauseTrigger, RayJobTrigger
 
 
 @pytest.fixture(autouse=True)
@@ -233,8 +233,6 @@ def test_end_of_the_log_comes_before_the_event(dashboard, spec, monkeypatch):
     assert shown == ["one", "two without an end"]
     asyncio.run(event(trigger(spec, shown, logs="live")))
     assert shown == ["one", "two without an end"]
-    asyncio.run(event(trigger(spec, shown, logs="live")))
-    assert shown == ["one", "two without an end"]
 
 
 def test_tail_shows_the_last_lines_once(dashboard, spec):
@@ -277,3 +275,13 @@ def test_kill_is_tried_again_and_a_restart_kills_nothing(dashboard, spec):
 
     asyncio.run(kill())
     assert dashboard.stopped == ["j"]
+
+
+@pytest.mark.parametrize(("ahead", "least"), [(0.3, 0.3), (-5.0, 0.0)])
+def test_pause_lasts_until_its_time_whoever_began_it(ahead, least):
+    path, kwargs = PauseTrigger(until=time.time() + ahead, state={"restarts": 2}).serialize()
+    assert path == f"{PauseTrigger.__module__}.{PauseTrigger.__qualname__}"
+    began = time.monotonic()
+    told = asyncio.run(event(PauseTrigger(**json.loads(json.dumps(kwargs)))))
+    assert told.payload == {"paused": True, "state": {"restarts": 2}}
+    assert least - 0.05 <= time.monotonic() - began < least + 2
