@@ -11,7 +11,7 @@ from support.ray_dashboard import RayDashboard
 from airflow_mlops.exceptions import ExternalSystemError
 from airflow_mlops.hooks import ray as hooks
 from airflow_mlops.hooks.ray import AccessRefusedError, RayJobsHook
-from airflow_mlops.operators.ray import JobsRunner
+from airflow_mlops.operators._ray import JobsRunner
 from airflow_mlops.training.limits import Breach, Limits, Times
 from airflow_mlops.training.spec import TrainingSpec, submission_id_of
 from airflow_mlops.triggers._training import LimitWatch
