@@ -171,7 +171,7 @@ class Backoff:
 
 
 class Lines:
-    """Cuts chunks of bytes into lines; :meth:`rest` is what came after the last newline."""
+    """Cuts chunks of bytes into lines."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -185,9 +185,10 @@ class Lines:
         if rest:
             self._parts.append(rest)
 
-    def rest(self) -> bytes:
-        """The unfinished line."""
-        return b"".join(self._parts)
+    def end(self) -> Iterator[bytes]:
+        """The last line, if no newline ended it."""
+        if self._parts:
+            yield b"".join(self._parts)
 
 
 def checked(call: Call, answer: Answer) -> Answer:
@@ -367,7 +368,7 @@ def delete(
     grace: int | None = None,
     propagation: str = "Background",
 ) -> Steps:
-    """Whether there was something to delete."""
+    """Whether the object goes; False if it is gone already."""
     conditions = {"uid": uid, "resourceVersion": resource_version}
     options: Object = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation}
     if uid or resource_version:
@@ -379,9 +380,12 @@ def delete(
     answer, unclear = yield from persist(call, patience)
     if missing(answer):
         return unclear
-    if answer.status == 409 and unclear:
+    if answer.status == 409:
+        # A lost first try (aiohttp, too, sends a DELETE twice) has changed the version by a deletionTimestamp.
         found = yield from get(resource, name, namespace, patience)
-        if found is None or (found["metadata"].get("deletionTimestamp") and uid in (None, found["metadata"]["uid"])):
+        if found is None:
+            return unclear
+        if found["metadata"].get("deletionTimestamp") and uid in (None, found["metadata"]["uid"]):
             return True
     checked(call, answer)
     return True

@@ -51,7 +51,7 @@ class KubernetesConnection(KubernetesHook):
         self.namespace, self.patience = namespace, patience
         self._opened: AsyncApiClient | None = None
         self._stack: AsyncExitStack | None = None
-        self._opening = asyncio.Lock()
+        self._renewing = asyncio.Lock()
 
     @cached_property
     def conn_extras(self) -> dict[str, Any]:
@@ -93,9 +93,14 @@ class KubernetesConnection(KubernetesHook):
         await self._load_extras()
         return self.namespace_of(namespace)
 
+    @property
+    def _unconfigured(self) -> bool:
+        """Whether neither the hook nor its connection names a kubeconfig."""
+        fields = (self._get_field(name) for name in ("kube_config_path", "kube_config"))
+        return not (self.config_file or self.config_dict or any(fields))
+
     def _account_namespace(self) -> str | None:
-        outside = self.config_file or self._get_field("kube_config_path") or self._get_field("kube_config")
-        if outside or not _ACCOUNT_NAMESPACE.exists():
+        if not self._unconfigured or not _ACCOUNT_NAMESPACE.exists():
             return None
         return _ACCOUNT_NAMESPACE.read_text().strip()
 
@@ -114,8 +119,13 @@ class KubernetesConnection(KubernetesHook):
         if self._opened is not None:
             yield self._opened
             return
+        async with self._anew() as client:
+            yield client
+
+    @asynccontextmanager
+    async def _anew(self) -> AsyncIterator[AsyncApiClient]:
         await self._load_extras()
-        # The stock asynchronous hook reads neither of these from its arguments.
+        # The stock asynchronous hook takes none of these from its arguments, nor a pod's account by itself.
         extras = {**self.conn_extras, **({"kube_config_path": self.config_file} if self.config_file else {})}
         unverified = self._coalesce_param(self.disable_verify_ssl, self._get_field("disable_verify_ssl"))
         stock = AsyncKubernetesHook(
@@ -123,7 +133,7 @@ class KubernetesConnection(KubernetesHook):
             connection_extras=extras,
             config_dict=self.config_dict,
             client_configuration=_unverified() if unverified else None,
-            in_cluster=self.in_cluster,
+            in_cluster=self.in_cluster or (_in_pod() if self._unconfigured else None),
             cluster_context=self.cluster_context,
         )
         async with AsyncExitStack() as stack:
@@ -134,18 +144,17 @@ class KubernetesConnection(KubernetesHook):
             yield client
 
     async def _arenew(self, refused: AsyncApiClient) -> None:
-        """Replace the shared connection whose credentials were refused, once for all that share it."""
-        async with self._opening:
-            if self._stack is None or self._opened is not refused:
+        """Load the credentials of the shared connection anew, once for all whose requests were refused with them."""
+        if self._opened is not refused:
+            return
+        keys = dict(refused.configuration.api_key)
+        async with self._renewing:
+            if self._opened is not refused or keys != refused.configuration.api_key:
                 return
-            fresh, self._opened = AsyncExitStack(), None
-            try:
-                self._opened = await fresh.enter_async_context(self._aclient())
-            except InvalidInputError:
-                self._opened = refused
-                raise
-            old, self._stack = self._stack, fresh
-            await old.aclose()
+            # The connection stays: others are in the middle of a request.
+            async with self._anew() as client:
+                refused.configuration.api_key = client.configuration.api_key
+                refused.configuration.refresh_api_key_hook = client.configuration.refresh_api_key_hook
 
     def _unusable(self, error: Exception) -> InvalidInputError:
         return InvalidInputError(
@@ -261,6 +270,17 @@ def _fields(extras: dict[str, Any]) -> dict[str, Any]:
         if isinstance(found.get(name), str):
             found[name] = found[name].strip().lower() in ("true", "1", "yes")
     return found
+
+
+def _in_pod() -> bool:
+    """Whether there is a service account to use."""
+    from kubernetes_asyncio import client, config
+
+    try:
+        config.load_incluster_config(client_configuration=client.Configuration())
+    except config.ConfigException:
+        return False
+    return True
 
 
 def _unverified() -> Any:

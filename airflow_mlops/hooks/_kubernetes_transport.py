@@ -72,8 +72,9 @@ def stream(client: ApiClient, call: Call, silence: float) -> Iterator[BaseHTTPRe
         raise _unanswered(call, url, error) from error
     finally:
         if reply is not None:
-            # A stream that was left early has more to come: it is of no use to the next request.
-            reply.close()
+            if not reply.closed:
+                # It was left early and has more to come: of no use to the next request.
+                reply.close()
             reply.release_conn()
 
 
@@ -105,6 +106,11 @@ async def astream(client: AsyncApiClient, call: Call, silence: float) -> AsyncIt
     except aiohttp.ClientConnectorCertificateError as error:
         raise _distrust(url, error) from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise _unanswered(call, url, error) from error
+    except (RuntimeError, AssertionError) as error:
+        # So aiohttp says that somebody has closed the shared connection meanwhile.
+        if not rest.pool_manager.closed:
+            raise
         raise _unanswered(call, url, error) from error
 
 

@@ -191,7 +191,7 @@ class CustomResourceHook(KubernetesConnection):
         grace: int | None = None,
         namespace: str | None = None,
     ) -> bool:
-        """Delete an object and, in the background, what it owns; False if it is gone already.
+        """Delete an object and, in the background, what it owns; True also if it is on its way, False if it is gone.
 
         :param uid: delete only the object with this uid
         :param resource_version: delete only this version
@@ -336,7 +336,7 @@ class CustomResourceHook(KubernetesConnection):
         lines = api.Lines()
         for chunk in self._stream(call, _SILENCE):
             yield from (_change(call, line) for line in lines.feed(chunk))
-        _complete(call, lines)
+        yield from (_change(call, line) for line in lines.end())
 
     async def awatch(
         self,
@@ -360,7 +360,8 @@ class CustomResourceHook(KubernetesConnection):
             async for chunk in chunks:
                 for line in lines.feed(chunk):
                     yield _change(call, line)
-        _complete(call, lines)
+        for line in lines.end():
+            yield _change(call, line)
 
     def test_connection(self) -> tuple[bool, str]:
         """Whether the API answers, knows RayJobs, and lets the account do all that a training needs."""
@@ -427,12 +428,9 @@ def _change(call: api.Call, line: bytes) -> tuple[str, Object]:
         event = json.loads(line)
         kind, found = event["type"], event["object"]
     except (ValueError, KeyError, TypeError) as error:
-        raise api.Unanswered(f"a watch of {call.path} brought what is no event: {line[:200]!r}") from error
+        raise api.Unanswered(
+            f"a watch of {call.path} brought what is no event, or half of one: {line[:200]!r}"
+        ) from error
     if kind == "ERROR":
         api.checked(call, api.Answer(int(found.get("code") or 500), json.dumps(found)))
     return kind, found
-
-
-def _complete(call: api.Call, lines: api.Lines) -> None:
-    if lines.rest():
-        raise api.Unanswered(f"a watch of {call.path} broke off in the middle of an event")

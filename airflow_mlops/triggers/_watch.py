@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError
+from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, MlopsError
 from airflow_mlops.hooks._kubernetes import TABLE, Backoff, HistoryGone, Object, Resource, selector_text
 
 if TYPE_CHECKING:
@@ -166,8 +166,7 @@ class SharedWatch:
 
     async def _run(self) -> None:
         try:
-            async with self.hook:
-                await self._keep_up()
+            await self._stay_connected()
         except Exception as error:
             log.warning("the watch of %s ends: %s", self._resource.plural, error)
             self._leave()
@@ -177,8 +176,21 @@ class SharedWatch:
                 for follower in followers:
                     follower._put(error)
 
-    async def _keep_up(self) -> None:
-        backoff, eager = Backoff(most=30.0), True
+    async def _stay_connected(self) -> None:
+        backoff = Backoff(most=30.0)
+        while True:
+            try:
+                async with self.hook:
+                    await self._keep_up(backoff)
+            except InvalidInputError as error:
+                # Rights that are gone for a while must not end what has been followed for hours.
+                if not self._proven:
+                    raise
+                self._failed(error)
+                await asyncio.sleep(backoff.after(error))
+
+    async def _keep_up(self, backoff: Backoff) -> None:
+        eager = True
         while True:
             began, self._heard = time.monotonic(), False
             failure: Exception | None = None
@@ -189,16 +201,13 @@ class SharedWatch:
             except HistoryGone as error:
                 self._version, failure = "", error
             except ExternalSystemError as error:
-                failure = self._failed(error)
-            except InvalidInputError as error:
-                # Rights that are gone for a while must not end what has been followed for hours.
-                if not self._proven:
-                    raise
-                failure = self._failed(error)
+                self._failed(error)
+                failure = error
             if self._heard or time.monotonic() - began > _USEFUL_SECONDS:
                 backoff.reset()
                 eager = True
             if eager and (failure is None or isinstance(failure, HistoryGone)):
+                # Once at once: the server ended the watch in time, or history ended.
                 eager = False
                 continue
             await asyncio.sleep(backoff.after(failure))
@@ -206,12 +215,11 @@ class SharedWatch:
     def _answered(self) -> None:
         self.silent_since, self.trouble = None, ""
 
-    def _failed(self, error: Exception) -> Exception:
+    def _failed(self, error: Exception) -> None:
         log.info("watching %s: %s", self._resource.plural, error)
         self.trouble = str(error)
         if self.silent_since is None:
             self.silent_since = time.monotonic()
-        return error
 
     async def _list(self) -> None:
         found: dict[str, Row] = {}
@@ -331,7 +339,9 @@ class SharedWatch:
         while True:
             try:
                 page = await self.hook.atable_page(self._resource, self._selector, name=name)
-            except ExternalSystemError as error:
+            except MlopsError as error:
+                if isinstance(error, InvalidInputError) and not self._proven:
+                    raise
                 self.trouble = str(error)
                 await asyncio.sleep(backoff.after(error))
                 continue
