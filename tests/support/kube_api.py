@@ -33,7 +33,7 @@ class KubeApi(KubeServer):
     :param bookmark_seconds: how often a watch that asked for bookmarks gets one
     :ivar faults: :class:`Fault` objects, the first that matches is used
     :ivar requests: all requests so far
-    :ivar token: what clients have to send
+    :ivar token: what clients have to send, None: nothing
     :ivar role: rules of a Role (apiGroups, resources, verbs) that is all the client may do; None: everything
     :ivar proxied: answers what is sent to services through the server's proxy
     :ivar used: (group, resource, verb) of all requests so far: what a Role has to allow

@@ -119,6 +119,10 @@ class Kubelet:
         """Wait for recorded seconds."""
         await asyncio.sleep(max(0.0, seconds) * self.scale)
 
+    async def pause(self) -> None:
+        """Wait a little before looking again, without spinning at small scales."""
+        await asyncio.sleep(min(0.05, max(0.002, 0.1 * self.scale)))
+
     def observe(self, pod: Object, gone: bool) -> None:
         """Act on a pod that was created, changed or removed."""
         uid = pod["metadata"]["uid"]
@@ -143,7 +147,7 @@ class Kubelet:
             self._event(pod, "FailedScheduling", trouble.message, "Warning")
             await self.sleep(5)
             while self._trouble(pod, "unschedulable"):
-                await self.sleep(1)
+                await self.pause()
         self._bind(pod)
         self._event(pod, "Scheduled", f"Successfully assigned {pod['metadata']['namespace']}/{name} to node-1")
         first = True
@@ -153,6 +157,7 @@ class Kubelet:
             self._event(pod, "Failed" if first else "BackOff", trouble.message, "Warning")
             first = False
             await self.sleep(10)
+            await self.pause()
         self._status(pod, "Pending", False, waiting=("ContainerCreating", ""))
         created = recorded(role, "Pending")
         await self.sleep(recorded(role, "Running") - created)
@@ -178,15 +183,15 @@ class Kubelet:
             await self._wait(driver, pod["metadata"].get("deletionGracePeriodSeconds") or 0)
         role = "worker" if role == "submitter" else role
         deleting = (role, "Running", True, True)
-        await self.sleep(recorded(role, "Failed", since=deleting))
+        await self.sleep(recorded(role, "Failed", since=deleting) + self.linger)
         self._status(pod, "Failed", False, terminated=1)
-        await self.sleep(recorded(role, "deleted", since=(role, "Failed")) + self.linger)
+        await self.sleep(recorded(role, "deleted", since=(role, "Failed")))
         self.drop(pod)
 
     async def _wait(self, driver: Driver, grace: float) -> None:
         deadline = asyncio.get_running_loop().time() + max(grace * self.scale, 0.05)
         while driver.running and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.002)
+            await self.pause()
         if driver.running:
             await asyncio.to_thread(driver.kill)
 

@@ -72,6 +72,7 @@ class RayJobSimulator:
         self._submitter_dead: set[str] = set()
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._labels: dict[str, str] = {}
+        self._suspends: dict[str, asyncio.Event] = {}
         self._seen = {"rayjobs": 0, "pods": 0}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -143,6 +144,8 @@ class RayJobSimulator:
         labels = rayjob["metadata"].get("labels") or {}
         self._labels[f"{rayjob['metadata']['namespace']}/{rayjob['metadata']['name']}"] = labels.get(self.run_label, "")
         task = self._lives.get(uid)
+        suspend = self._suspends.setdefault(uid, asyncio.Event())
+        suspend.set() if rayjob["spec"].get("suspend") else suspend.clear()
         if gone:
             if task:
                 self._lives.pop(uid).cancel()
@@ -188,7 +191,7 @@ class RayJobSimulator:
         self._submitter_dead.add(f"{namespace}/{name}")
 
     def pods_linger(self, seconds: float) -> None:
-        """Let pods that are deleted stay in Terminating for so many recorded seconds more."""
+        """Let the containers of pods that are deleted end only so many recorded seconds later."""
         self.kubelet.linger = seconds
 
     def suspend(self, name: str, *, namespace: str = "default", value: bool = True) -> None:
@@ -259,17 +262,21 @@ class RayJobSimulator:
                 return
             while True:
                 work = asyncio.create_task(self._attempt(job))
+                changed = asyncio.create_task(self._suspends.setdefault(job.uid, asyncio.Event()).wait())
                 try:
                     while not work.done():
                         if job.suspended() and job.deployment() in ("Initializing", "Running"):
                             break
-                        await asyncio.wait({work}, timeout=max(0.001, 0.05 * self.scale))
+                        await asyncio.wait({work, changed}, return_when=asyncio.FIRST_COMPLETED)
+                        if changed.done():
+                            await self.kubelet.pause()
                     if work.done():
                         work.result()
                         return
                 finally:
                     work.cancel()
-                    await asyncio.gather(work, return_exceptions=True)
+                    changed.cancel()
+                    await asyncio.gather(work, changed, return_exceptions=True)
                 await self._suspend(job)
         except GoneError:
             return
@@ -279,13 +286,13 @@ class RayJobSimulator:
         job.drop_cluster()
         job.drop("Job", job.name)
         while [pod for pod in self._pods_of(job.name, job.namespace) if pod["metadata"].get("deletionTimestamp")]:
-            await self.kubelet.sleep(0.05)
+            await self.kubelet.pause()
         status = job.get().get("status") or {}
         kept = {key: status[key] for key in ("failed", "succeeded", "startTime") if key in status}
         job.replace_status({**kept, "jobDeploymentStatus": "Suspended", "rayJobInfo": {}})
         await self._kueue(job)
         while job.suspended():
-            await self.kubelet.sleep(0.2)
+            await self.kubelet.pause()
         job.replace_status({"jobDeploymentStatus": ""})
 
     async def _attempt(self, job: Job) -> None:
@@ -312,7 +319,7 @@ class RayJobSimulator:
             self._check_deadline(job, began, "activeDeadlineSeconds", "DeadlineExceeded")
             if job.deployment() == "Failed":
                 return await self._clean_up(job)
-            await self.kubelet.sleep(0.1)
+            await self.kubelet.pause()
             pods = pods or self._create_pods(job, cluster)
         job.cluster_ready(cluster)
         with_submitter = job.spec.get("submissionMode", "K8sJobMode") == "K8sJobMode"
@@ -335,7 +342,7 @@ class RayJobSimulator:
             self._check_deadline(job, began, "activeDeadlineSeconds", "DeadlineExceeded")
             if job.deployment() == "Failed":
                 return
-            await self.kubelet.sleep(0.1)
+            await self.kubelet.pause()
         submitted = ("submitter", "Running") if submitter else ("rayjob", "Running")
         await self.kubelet.sleep(recorded("rayjob", "Running", "PENDING", since=submitted))
         driver = Driver(self.script, job.get(), lambda: None)
@@ -355,7 +362,7 @@ class RayJobSimulator:
         self._count_running(job)
         job.status(jobStatus="RUNNING", message="Job is currently running.")
         while driver.running:
-            await asyncio.sleep(max(0.001, min(0.05, 0.1 * self.scale)))
+            await self.kubelet.pause()
             if job.key in self._lost or self.kubelet.find(head) is None:
                 return await self._head_lost(job)
             if submitter and job.key in self._submitter_dead:
@@ -478,7 +485,7 @@ class RayJobSimulator:
         if job.deployment() in ("", "Suspended"):
             job.status(jobDeploymentStatus="Suspended")
         while job.name in self._held:
-            await self.kubelet.sleep(0.5)
+            await self.kubelet.pause()
         with contextlib.suppress(ApiError):
             condition = {"type": "Admitted", "status": "True", "reason": "Admitted", "message": "admitted"}
             condition["lastTransitionTime"] = timestamp(self.api.store.now())

@@ -8,7 +8,7 @@ import dataclasses
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from support.crd import CrdSchemas
@@ -62,7 +62,12 @@ _AGE = {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"
 _EVENT_FIELDS = tuple(f"involvedObject.{name}" for name in ("kind", "name", "namespace", "uid", "fieldPath"))
 BUILT_IN = (
     Resource("", ("v1",), "namespaces", "Namespace", namespaced=False, columns=(_AGE,), custom=False),
-    Resource("", ("v1",), "pods", "Pod", fields=("status.phase", "spec.nodeName"), custom=False),
+    Resource(
+        *("", ("v1",), "pods", "Pod"),
+        columns=({"name": "Status", "type": "string", "jsonPath": ".status.phase"}, _AGE),
+        fields=("status.phase", "spec.nodeName"),
+        custom=False,
+    ),
     Resource(
         "", ("v1",), "events", "Event", status=False, fields=(*_EVENT_FIELDS, "reason", "type", "source"), custom=False
     ),
@@ -135,14 +140,22 @@ class Store:
 
     # What is served
 
-    def resources(self) -> Iterator[Resource]:
+    def resources(self) -> list[Resource]:
         """Everything that is served."""
+        with self.lock:
+            return self._served()
+
+    def _served(self) -> list[Resource]:
         for definition in self.crds.kinds if self.crds else ():
             self.resource(definition.group, definition.plural)
-        yield from list(self._resources.values())
+        return list(self._resources.values())
 
     def resource(self, group: str, name: str) -> Resource | None:
         """A resource by group and plural, or by kind."""
+        with self.lock:
+            return self._resource(group, name)
+
+    def _resource(self, group: str, name: str) -> Resource | None:
         for item in self._resources.values():
             if item.group == group and name in (item.plural, item.kind):
                 return item
@@ -164,8 +177,11 @@ class Store:
 
     def named(self, name: str) -> Resource:
         """A resource by its kind or plural alone, for tests."""
-        groups = [definition.group for definition in (self.crds.kinds if self.crds else ())]
-        for group in dict.fromkeys([item.group for item in self._resources.values()] + groups):
+        with self.lock:
+            groups = [item.group for item in self._resources.values()]
+        for definition in self.crds.kinds if self.crds else ():
+            groups.append(definition.group)
+        for group in dict.fromkeys(groups):
             if found := self.resource(group, name):
                 return found
         raise KeyError(f"no resource or kind {name!r} is served")

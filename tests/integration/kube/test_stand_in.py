@@ -28,7 +28,7 @@ class Script:
     """An entrypoint that runs until it is told to end; ``saved`` has the names of those that could save something."""
 
     def __init__(self) -> None:
-        self.release, self.saved, self.code = threading.Event(), [], 0
+        self.release, self.code = threading.Event(), 0
         self.saved: list[str] = []
 
     def __call__(self, rayjob: dict[str, Any], stop: Stop) -> int:
@@ -53,12 +53,12 @@ def simulator(kube_api, script) -> Iterator[RayJobSimulator]:
         yield found
 
 
-def state(api: KubeApi, name: str) -> list[str]:
+def state(api: Any, name: str) -> list[str]:
     status = (api.get("RayJob", "default", name) or {}).get("status") or {}
     return [status.get(key, "") for key in ("jobDeploymentStatus", "jobStatus", "reason")]
 
 
-def running(server: Cluster, simulator: RayJobSimulator, name: str = "job", **spec: Any) -> str:
+def running(server: Any, simulator: RayJobSimulator, name: str = "job", **spec: Any) -> str:
     """A RayJob whose entrypoint runs; its full name."""
     body = server.rayjob(name, managed=True, **spec)
     body["metadata"]["labels"][RUN] = "run-1"
@@ -181,7 +181,7 @@ def test_a_lost_head_kills_the_entrypoint_and_is_noticed_late(server, simulator,
     name = running(server, simulator)
     simulator.kill_head(name)
     assert simulator.running_attempts() == []
-    assert state(server.api, name) == ["Running", "RUNNING", ""]
+    assert simulator.driver(name).status == "RUNNING"
     server.until(lambda: state(server.api, name)[0] == "Failed", "the loss is noticed")
     assert state(server.api, name) == ["Failed", "RUNNING", "JobStatusCheckTimeoutExceeded"]
     server.until(lambda: simulator.live_attempts() == [], "nothing of the attempt is left")
@@ -218,16 +218,17 @@ def test_the_jobs_api_is_reached_through_the_proxy(server, simulator):
     server.until(lambda: server.call("GET", f"{service}/version").status_code == 503, "the cluster is gone")
 
 
-def test_pods_linger_and_overlap_is_measured(server, simulator):
-    simulator.pods_linger(500)
+def test_pods_linger_after_their_rayjob(server, simulator):
+    simulator.pods_linger(1000)
     first = running(server, simulator, "first")
     server.api.delete("RayJob", "default", first)
     server.until(lambda: server.api.get("RayJob", "default", first) is None, "the RayJob is gone")
-    assert simulator.live_attempts("run-1") in ([first], [])
+    server.until(lambda: simulator.running_attempts() == [], "its entrypoint has ended")
+    assert simulator.live_attempts("run-1") == [first]
     second = running(server, simulator, "second")
-    assert simulator.max_running == {"run-1": 1}
-    simulator.pods_linger(0)
     server.until(lambda: simulator.live_attempts() == [second], "the first one's pods are gone")
+    assert simulator.max_overlap == {"run-1": 2}
+    assert simulator.max_running == {"run-1": 1}
 
 
 def test_two_attempts_at_once_are_seen(server, simulator):
