@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from airflow_mlops import storage
-from airflow_mlops.exceptions import InvalidInputError, TrainingError
+from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError, TrainingError
 from airflow_mlops.training.raytrain import (
     NO_CHECKPOINT,
     Clusterless,
@@ -177,6 +177,8 @@ def run_trial(spec: TrainingSpec, name: str, params: Mapping[str, Any], worker_d
     what = Search.of(spec.config)
     uri = spec.file("trials", f"{name}.json")
     known = Trial(**storage.read_json(uri)) if storage.exists(uri) else Trial(name, params, "RUNNING")
+    if dict(known.params) != dict(params):
+        raise ConcurrentChangeError(f"trial {name} tries {dict(known.params)} already and cannot try {dict(params)}")
     if known.status == "FINISHED":
         return _value(known)
     if known.status == "FAILED":
@@ -251,6 +253,9 @@ class Names:
         self._next = 1 + max((int(trial.name.removeprefix("t")) for trial in known), default=0)
         self._given: dict[str, str] = {}
 
+    def __deepcopy__(self, memo: Any) -> Names:
+        return self  # Ray Tune copies it for every trial, and each copy would give out the same names
+
     def __call__(self, trial: Any) -> str:
         """The name of a trial of Ray Tune, the same whenever it is asked for."""
         if trial.trial_id not in self._given:
@@ -292,6 +297,8 @@ def _run_trials(
     import ray
     from ray import tune
 
+    # It misses the log files at the end; what it would tell is in the records.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     value = spec.to_json()
 
     def trial(params: Mapping[str, Any]) -> None:
@@ -300,8 +307,14 @@ def _run_trials(
         tune.report({what.metric: run_trial(TrainingSpec.from_json(value), name, finite(params), worker_dir)})
 
     class Watch(tune.Callback):
+        def __init__(self, running: Callable[[int], None]) -> None:
+            self.running = running
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Ray Tune writes down all it is given, and a meter cannot be
+
         def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-            on_trials(sum(entry.status == "RUNNING" for entry in trials))
+            self.running(sum(entry.status == "RUNNING" for entry in trials))
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             log.info("%s: %s is %s with %s", trial, what.metric, trial.last_result.get(what.metric), trial.config)
@@ -326,8 +339,8 @@ def _run_trials(
             name=f"tune-a{spec.attempt}",
             storage_path=path,
             # Beside the failures of workers, which the trial's own run repairs: the loss of what waits for them.
-            failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[Watch()],
+            failure_config=tune.FailureConfig(max_failures=min(abs(spec.max_failures), 1)),
+            callbacks=[Watch(on_trials)],
             verbose=0,
         ),
     )

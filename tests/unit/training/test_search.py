@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from types import SimpleNamespace
 
@@ -122,6 +123,7 @@ def test_an_unfinished_trial_keeps_its_name_and_no_two_have_one():
 
     assert [ask("a", 0.3), ask("b", 0.7), ask("c", 0.3), ask("d", 0.3)] == ["t00003", "t00005", "t00004", "t00006"]
     assert ask("a", 0.3) == "t00003"
+    assert copy.deepcopy(names) is names, "Ray Tune copies it for every trial"
 
 
 @pytest.mark.parametrize(
