@@ -35,7 +35,7 @@ class Cluster:
         settings = client.configuration
         self.api, self.strict, self.live = api, strict, api is None
         self.session = requests.Session()
-        self.session.verify = settings.ssl_ca_cert if settings.verify_ssl and settings.ssl_ca_cert else False
+        self.session.verify = (settings.ssl_ca_cert or True) if settings.verify_ssl else False
         if settings.cert_file:
             self.session.cert = (settings.cert_file, settings.key_file)
         for setting in settings.auth_settings().values():
