@@ -46,3 +46,9 @@ class AttemptsExhaustedError(MlopsError):
     """Every attempt of a training run was lost to infrastructure."""
 
     retryable = False
+
+
+class LimitExceededError(MlopsError):
+    """A training took longer, or cost more, than it may; what it committed is kept."""
+
+    retryable = False

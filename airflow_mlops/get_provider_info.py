@@ -56,6 +56,7 @@ def get_provider_info() -> dict[str, Any]:
         "task-decorators": [{"name": "ray_train", "class-name": "airflow_mlops.decorators.ray.ray_train_task"}],
         "extra-links": [
             "airflow_mlops.links.RayDashboardLink",
+            "airflow_mlops.links.GrafanaLink",
             "airflow_mlops.links.MlflowRunLink",
             "airflow_mlops.links.ReportLink",
         ],
@@ -129,6 +130,22 @@ def get_provider_info() -> dict[str, Any]:
                         "type": "string",
                         "example": "/data/mlops",
                         "default": "~/airflow-mlops",
+                    },
+                    "ray_dashboard_url": {
+                        "description": "Address of an attempt in the Ray dashboard of its own cluster in Kubernetes, "
+                        "with {namespace} and {submission_id}; no link if empty.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "https://ray.example.com/{namespace}/{submission_id}",
+                        "default": "",
+                    },
+                    "grafana_url": {
+                        "description": "Address of a Grafana dashboard for an attempt, with {namespace}, "
+                        "{submission_id}, {attempt} and {run_dir}; no link if empty.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "https://grafana.example.com/d/ray?var-SessionName={submission_id}",
+                        "default": "",
                     },
                 },
             }

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from airflow.sdk import BaseOperator
     from airflow.sdk.types import TaskInstanceKey
 
-#: XCom key of ``{"dashboard_url", "submission_id", "attempt", "run_dir"}``, pushed whenever an attempt starts.
+#: XCom key of ``{"dashboard_url", "grafana_url", "submission_id", "attempt", "run_dir"}``, pushed whenever an attempt
+#: starts.
 RAY_ATTEMPT = "ray_attempt"
 #: XCom key of an address in MLflow's web interface.
 MLFLOW_URL = "mlflow_url"
@@ -34,15 +35,29 @@ class RayDashboardLink(BaseOperatorLink):
         return f"{attempt['dashboard_url'].rstrip('/')}/#/jobs/{attempt['submission_id']}"
 
 
+class GrafanaLink(BaseOperatorLink):
+    """The current attempt on a Grafana dashboard, where ``[mlops] grafana_url`` names one."""
+
+    name = "Grafana"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """The link, empty where there is nothing to show."""
+        return str((XCom.get_value(ti_key=ti_key, key=RAY_ATTEMPT) or {}).get("grafana_url") or "")
+
+
 class MlflowRunLink(BaseOperatorLink):
-    """The run or model version in MLflow: XCom ``mlflow_url``, or that field of the task's result."""
+    """The run or model version in MLflow: XCom ``mlflow_url``, or that field of the task's result or of its metrics.
+
+    A training loop that logs to MLflow shows its run here by reporting the address as the metric ``mlflow_url``.
+    """
 
     name = "MLflow"
 
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
         """The link, empty where MLflow has no web address."""
         pushed = XCom.get_value(ti_key=ti_key, key=MLFLOW_URL)
-        return str(pushed or _result(ti_key).get(MLFLOW_URL) or "")
+        result = _result(ti_key)
+        return str(pushed or result.get(MLFLOW_URL) or (result.get("metrics") or {}).get(MLFLOW_URL) or "")
 
 
 class ReportLink(BaseOperatorLink):

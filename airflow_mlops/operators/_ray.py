@@ -17,11 +17,15 @@ from urllib.parse import urlsplit
 from airflow_mlops.exceptions import ExternalSystemError, MlopsError
 from airflow_mlops.hooks.ray import LOG_TAIL, AccessRefusedError, RayJobsHook
 from airflow_mlops.training.decide import ACTIVE, FINAL, Observation, Patience
-from airflow_mlops.training.limits import Breach
+from airflow_mlops.training.limits import Breach, Limits, Times
+from airflow_mlops.training.local import LocalRunner
 from airflow_mlops.training.spec import TrainingSpec, submission_id_of
 
 if TYPE_CHECKING:
+    from airflow.triggers.base import BaseTrigger
+
     from airflow_mlops.triggers._training import LimitWatch
+    from airflow_mlops.triggers.ray import RayJobTrigger
 
 #: Seconds in which the rest of a live log is passed on once the job is over, and between two looks whether it is.
 LOG_DRAIN, LOG_LOOK = 30.0, 0.2
@@ -32,40 +36,122 @@ class Progress:
     """How far one try of the task has come; it travels with the trigger, for a resumed task is a new object.
 
     :param spec: the attempt that is followed
+    :param times: when it began, and what the run has consumed
     :param restarts: attempts of this try that were replaced
     :param adopted: whether an earlier try started the attempt
     :param deadline: Unix time at which ``execution_timeout`` is over, None without
     """
 
     spec: TrainingSpec
+    times: Times
     restarts: int = 0
     adopted: bool = False
     deadline: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, for :meth:`from_json`."""
-        return {**vars(self), "spec": self.spec.to_json()}
+        return {**vars(self), "spec": self.spec.to_json(), "times": self.times.to_json()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Progress:
         """The progress behind ``to_json()``."""
-        return cls(**{**value, "spec": TrainingSpec.from_json(value["spec"])})
+        spec, times = TrainingSpec.from_json(value["spec"]), Times.from_json(value["times"])
+        return cls(**{**value, "spec": spec, "times": times})
 
 
 class Runner(Protocol):
     """Where attempts run: starts, follows and stops them; decides nothing."""
 
-    def start(self, spec: TrainingSpec, spec_uri: str) -> bool:
+    @property
+    def remote(self) -> bool:
+        """Whether an attempt outlives the task, so that it can be adopted, and waited for in the triggerer."""
+
+    def fitted(self, spec: TrainingSpec) -> TrainingSpec:
+        """The spec as the driver there needs it, once all that can be checked beforehand is."""
+
+    def start(self, spec: TrainingSpec, spec_uri: str, times: Times) -> bool:
         """Start an attempt, or adopt the one of that name; False if that one is over already."""
 
-    def wait(self, spec: TrainingSpec) -> Observation:
-        """Wait until the attempt is over, lost or out of reach."""
+    def adopt(self, spec: TrainingSpec) -> bool:
+        """Take over the attempt of an earlier try; False if it is about to go."""
+
+    def peek(self, spec: TrainingSpec) -> Observation:
+        """How the attempt is now."""
+
+    def trigger(self, progress: Progress, *, finish: bool) -> BaseTrigger:
+        """What waits for the attempt without a worker; ``finish``: and ends the task if it has succeeded."""
+
+    def wait_within(self, spec: TrainingSpec, watch: LimitWatch) -> Observation | Breach:
+        """Wait until the attempt is over, lost, out of reach, or has broken a limit and was stopped."""
 
     def stop(self, spec: TrainingSpec) -> None:
         """End the attempt and return when it has ended."""
 
+    def cancel(self, spec: TrainingSpec) -> None:
+        """End the attempt for a user, if it is still this try's."""
+
+    def close(self, spec: TrainingSpec, failed: bool) -> None:
+        """Give back what the attempt holds though it is over."""
+
     def tail(self, spec: TrainingSpec) -> str:
         """The end of the driver's log."""
+
+    def show_tail(self, spec: TrainingSpec) -> None:
+        """Pass on the end of the driver's log, if that is how it is to be shown."""
+
+    def link(self, spec: TrainingSpec) -> dict[str, Any]:
+        """What the extra links are made of."""
+
+
+class LocalAttempts(LocalRunner):
+    """Attempts as child processes of this worker, of which nothing outlives the task."""
+
+    remote = False
+
+    def fitted(self, spec: TrainingSpec) -> TrainingSpec:
+        """The spec as it is: a Ray of the driver's own is made to measure."""
+        return spec
+
+    def start(self, spec: TrainingSpec, spec_uri: str, times: Times | None = None) -> bool:
+        """Start the driver; True, for its name is new."""
+        return super().start(spec, spec_uri)
+
+    def adopt(self, spec: TrainingSpec) -> bool:
+        """False: there is nothing of an earlier try."""
+        return False
+
+    def peek(self, spec: TrainingSpec) -> Observation:
+        """LOST: there is nothing of an earlier try."""
+        return Observation("LOST")
+
+    def trigger(self, progress: Progress, *, finish: bool) -> BaseTrigger:
+        """None: a child process needs its worker."""
+        raise NotImplementedError("a local attempt is waited for in its worker")
+
+    def wait_within(self, spec: TrainingSpec, watch: LimitWatch) -> Observation | Breach:
+        """Wait for the driver to end, or end it for a limit."""
+        broken: list[Breach] = []
+
+        def give_up() -> bool:
+            broken.extend(filter(None, [watch.check("RUNNING")]))
+            return bool(broken)
+
+        seen = self.wait(spec, give_up)
+        return broken[0] if broken else seen
+
+    def cancel(self, spec: TrainingSpec) -> None:
+        """End the driver."""
+        self.stop(spec)
+
+    def close(self, spec: TrainingSpec, failed: bool) -> None:
+        """Nothing is held."""
+
+    def show_tail(self, spec: TrainingSpec) -> None:
+        """Every line was shown when it was written."""
+
+    def link(self, spec: TrainingSpec) -> dict[str, Any]:
+        """There is no dashboard."""
+        return {"dashboard_url": None}
 
 
 class JobsRunner:
@@ -83,7 +169,12 @@ class JobsRunner:
     :param on_line: takes a line of the driver's log, from another thread where the log is live
     :param resources: what the driver reserves: ``entrypoint_num_cpus``, ``entrypoint_num_gpus``,
         ``entrypoint_memory``, ``entrypoint_resources``, ``entrypoint_label_selector``; any lets it leave the head node
+    :param limits: of the training, for those who wait in the triggerer
+    :param cancel_on_kill: whether they stop the job for a user
+    :param multiple_outputs: whether they push each key of the result
     """
+
+    remote = True
 
     def __init__(
         self,
@@ -98,14 +189,22 @@ class JobsRunner:
         logs: str = "off",
         on_line: Callable[[str], None] = print,
         resources: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+        cancel_on_kill: bool = True,
+        multiple_outputs: bool = True,
     ) -> None:
         self.hook = hook
+        self._limits, self._cancel_on_kill, self._multiple_outputs = limits, cancel_on_kill, multiple_outputs
         self._python, self._runtime_env, self._metadata = python, dict(runtime_env or {}), dict(metadata)
         self._poll_interval, self._unreachable_timeout = poll_interval, unreachable_timeout
         self._stop_timeout, self._resources = stop_timeout, dict(resources or {})
         self._logs, self._on_line = logs, on_line
 
-    def start(self, spec: TrainingSpec, spec_uri: str) -> bool:
+    def fitted(self, spec: TrainingSpec) -> TrainingSpec:
+        """The spec as it is: what the cluster offers is seen by the driver."""
+        return spec
+
+    def start(self, spec: TrainingSpec, spec_uri: str, times: Times | None = None) -> bool:
         """Submit the attempt's driver; a job of its name is adopted, False if that is over already."""
         threads = int((spec.resources_per_worker or {}).get("CPU", 1)) or 1
         env_vars = {
@@ -126,9 +225,34 @@ class JobsRunner:
         )
         return created or self.peek(spec).status not in FINAL
 
+    def adopt(self, spec: TrainingSpec) -> bool:
+        """True: a job belongs to whoever asks for it by its name."""
+        return True
+
     def peek(self, spec: TrainingSpec) -> Observation:
         """How the attempt is now."""
         return self.hook.observe(submission_id_of(spec))
+
+    def trigger(self, progress: Progress, *, finish: bool) -> RayJobTrigger:
+        """What waits for the job without a worker."""
+        from airflow_mlops.triggers.ray import RayJobTrigger
+
+        return RayJobTrigger(
+            submission_id=submission_id_of(progress.spec),
+            ray_conn_id=self.hook.ray_conn_id,
+            address=self.hook.address,
+            poll_interval=self._poll_interval,
+            unreachable_timeout=self._unreachable_timeout,
+            cancel_on_kill=self._cancel_on_kill,
+            deadline=progress.deadline,
+            state=progress.to_json(),
+            logs=self._logs,
+            limits=None if self._limits is None else self._limits.to_json(),
+            times=progress.times.to_json(),
+            stop_timeout=self._stop_timeout,
+            finish_in_triggerer=finish,
+            multiple_outputs=self._multiple_outputs,
+        )
 
     def wait(self, spec: TrainingSpec) -> Observation:
         """Look until the attempt is over, lost or out of reach."""
@@ -189,6 +313,17 @@ class JobsRunner:
             if time.monotonic() > deadline:
                 raise ExternalSystemError(f"Ray job {name} was asked to stop and has not been seen to end: {why}")
             time.sleep(min(0.5, self._poll_interval))
+
+    def cancel(self, spec: TrainingSpec) -> None:
+        """Stop the job."""
+        self.stop(spec)
+
+    def close(self, spec: TrainingSpec, failed: bool) -> None:
+        """Nothing is held: a job that is over holds nothing of its cluster."""
+
+    def link(self, spec: TrainingSpec) -> dict[str, Any]:
+        """Where the dashboard is."""
+        return {"dashboard_url": self.hook.endpoint.address}
 
     def tail(self, spec: TrainingSpec) -> str:
         """The end of the job's log, or why it cannot be had."""

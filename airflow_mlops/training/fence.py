@@ -21,6 +21,7 @@ from typing import Any
 
 from airflow_mlops import storage
 from airflow_mlops.exceptions import ConcurrentChangeError
+from airflow_mlops.training.decide import Observation
 from airflow_mlops.training.result import Usage
 from airflow_mlops.training.spec import TrainingSpec
 
@@ -126,6 +127,18 @@ def wait_until_free(
                 "this run another run_key."
             )
         sleep(min(0.5, patience / 4 or 0.5))
+
+
+def signs_of_life(spec: TrainingSpec, now: float, doubt: str = "") -> Observation:
+    """Whether the attempt's driver lives, by its heartbeat in the run directory: RUNNING, or LOST.
+
+    :param now: Unix time
+    :param doubt: why it is asked, for the message
+    """
+    owner = read_owner(spec)
+    if owner is not None and owner.attempt == spec.attempt and owner.alive(now):
+        return Observation("RUNNING", message=doubt)
+    return Observation("LOST", message=f"{doubt} Its driver gives no sign of life.".strip())
 
 
 class Fence:

@@ -74,14 +74,17 @@ class LocalRunner:
         self._reader.start()
         return True
 
-    def wait(self, spec: TrainingSpec) -> Observation:
-        """Wait for the driver to end; whatever it leaves running is ended too."""
+    def wait(self, spec: TrainingSpec, give_up: Callable[[], bool] = lambda: False) -> Observation:
+        """Wait for the driver to end; whatever it leaves running is ended too.
+
+        :param give_up: asked again and again; true ends the driver
+        """
         process = self._process
         if process is None:
             return Observation("STOPPED", message="The task was killed.")
         try:
             # Not process.wait(): stop() may be called from a signal handler in the middle of it, and its lock is held.
-            while start_time(process.pid) is not None:
+            while start_time(process.pid) is not None and not give_up():
                 time.sleep(0.2)
         finally:
             stopped = self._stopped

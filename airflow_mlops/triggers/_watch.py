@@ -63,6 +63,8 @@ def watch(
     resource: Resource,
     namespace: str | None = None,
     selector: str | Mapping[str, str] | None = None,
+    *,
+    hook: CustomResourceHook | None = None,
     **connection: Any,
 ) -> SharedWatch:
     """The watch that everybody in this event loop shares who asks for the same; enter it to use it.
@@ -71,9 +73,12 @@ def watch(
     :param resource: kind of object
     :param namespace: namespace, None for the connection's
     :param selector: labels; only a selector that is the same for all is shared by all
+    :param hook: one that knows its connection, for a watch of one's own that looks none up
     :param connection: ``in_cluster``, ``cluster_context`` and ``config_file`` of
         :class:`airflow_mlops.hooks.kubernetes.CustomResourceHook`
     """
+    if hook is not None:
+        return SharedWatch({}, (), conn_id, resource, namespace, selector_text(selector), connection, hook)
     key = (conn_id, resource, namespace, selector_text(selector), *sorted(connection.items()))
     shared = _watches.setdefault(asyncio.get_running_loop(), {})
     if key not in shared:
@@ -97,7 +102,9 @@ class SharedWatch:
         namespace: str | None,
         selector: str,
         connection: Mapping[str, Any],
+        hook: CustomResourceHook | None = None,
     ) -> None:
+        self._given = hook
         self.silent_since: float | None = None
         self.trouble = ""
         self._registry, self._key = registry, key
@@ -135,7 +142,7 @@ class SharedWatch:
         if self._task is None:
             self._registry.setdefault(self._key, self)
             self._forget()
-            self._hook = module.CustomResourceHook(**self._connection)
+            self._hook = self._given or module.CustomResourceHook(**self._connection)
             self._task = asyncio.create_task(self._run(), name=f"watch {self._resource.plural}")
         return self
 

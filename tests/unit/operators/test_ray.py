@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout, TaskDeferred
+from airflow.triggers.base import TaskSuccessEvent
 
 from airflow_mlops import storage
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, TrainingError
@@ -179,6 +180,8 @@ def run(op: RayTrainOperator, task: Task) -> dict:
             path, kwargs = deferred.trigger.serialize()
             assert path == f"{RayJobTrigger.__module__}.{RayJobTrigger.__name__}"
             event = asyncio.run(first_event(RayJobTrigger(**json.loads(json.dumps(kwargs)))))
+            if isinstance(event, TaskSuccessEvent):
+                return event.xcoms["return_value"]
             fresh = RayTrainOperator(
                 task_id="train", mode="jobs", train_fn="x:y", storage_path="/nowhere", deferrable=True
             )
@@ -558,8 +561,12 @@ def test_token_is_not_shown(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mode": "kuberay"}, "mode is 'kuberay'; this version has 'local' and 'jobs'"),
-        ({"mode": "spark"}, "mode is 'spark'"),
+        ({"mode": "kuberay"}, "needs the cluster to make"),
+        ({"mode": "spark"}, "mode is 'spark'; expected one of local, jobs, kuberay"),
+        ({"logs": "all"}, "logs is 'all'; expected one of off, tail, live"),
+        ({"total_timeout": -1}, "total_timeout is -1"),
+        ({"budget": {"max_cost": 3}}, "max_cost and no price_per_gpu_hour"),
+        ({"entrypoint": "python train.py"}, "both entrypoint and train_fn"),
         ({"num_workers": 0}, "num_workers is 0"),
         ({"num_workers": "{{ nothing }}"}, "num_workers is"),
         ({"trainer": "sklearn"}, "expected one of xgboost"),

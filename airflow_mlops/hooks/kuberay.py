@@ -1,0 +1,222 @@
+"""The RayJobs that training attempts run as: created once, taken over by a later try, ended with all their pods."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError
+from airflow_mlops.hooks.kubernetes import (
+    PODGROUP,
+    RAYJOB,
+    WORKLOAD,
+    AlreadyExists,
+    CustomResourceHook,
+)
+from airflow_mlops.training.cluster import SUBMITTER
+from airflow_mlops.training.diagnose import diagnose_startup, preflight, queue_problem
+from airflow_mlops.training.manifest import ATTEMPT_LABEL, OWNER_TRY_ANNOTATION, RUN_LABEL, run_label, run_selector
+from airflow_mlops.training.parts import Gang
+from airflow_mlops.training.rayjob import RayJobView
+from airflow_mlops.training.spec import TrainingSpec, submission_id_of
+
+#: On a Workload: uid of the object that Kueue queues by it.
+JOB_UID_LABEL = "kueue.x-k8s.io/job-uid"
+#: Tries to change a RayJob that KubeRay changes at the same time.
+_RACES = 20
+_LOOK = 1.0
+
+
+class RayJobHook(CustomResourceHook):
+    """RayJobs by the attempt of a training run; see :class:`~airflow_mlops.hooks.kubernetes.CustomResourceHook`.
+
+    :param look: seconds between two looks at pods that are to go
+    """
+
+    def __init__(self, *args: Any, look: float = _LOOK, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._look = look
+
+    async def view(self, spec: TrainingSpec) -> RayJobView | None:
+        """The attempt's RayJob, None if there is none."""
+        found = await self.aget(RAYJOB, submission_id_of(spec))
+        return None if found is None else RayJobView.of(found)
+
+    async def start(self, spec: TrainingSpec, manifest: Mapping[str, Any], try_number: int, patience: float) -> bool:
+        """Create the attempt's RayJob, or take over the one of that name; False if that one is on its way out.
+
+        No other attempt of the run is alive when this creates one: their RayJobs are deleted, and their pods gone.
+
+        :param manifest: of the RayJob
+        :param try_number: the try of the task that follows it from here on
+        :param patience: seconds that other attempts' pods have to go
+        :raises ConcurrentChangeError: a RayJob of that name belongs to something else, or a later try follows the run
+        :raises ExternalSystemError: pods of another attempt do not go
+        """
+        await self._end_others(spec, try_number, patience)
+        try:
+            await self.acreate(RAYJOB, dict(manifest))
+            return True
+        except AlreadyExists:
+            found = await self.aget(RAYJOB, submission_id_of(spec))
+        if found is None:
+            return False
+        if (found["metadata"].get("labels") or {}).get(RUN_LABEL) != run_label(spec):
+            raise ConcurrentChangeError(
+                f"a RayJob {submission_id_of(spec)} exists and belongs to another run; delete it, or use another "
+                "namespace or run_key"
+            )
+        return await self.adopt(spec, try_number)
+
+    async def adopt(self, spec: TrainingSpec, try_number: int) -> bool:
+        """Note on the attempt's RayJob that this try follows it; False if it is gone or about to go.
+
+        :raises ConcurrentChangeError: a later try follows it
+        """
+        for _ in range(_RACES):
+            view = await self.view(spec)
+            if view is None or view.deleting:
+                return False
+            self._refuse_to_rob(view, try_number)
+            if view.owner_try == try_number:
+                return True
+            change = {"metadata": {"annotations": {OWNER_TRY_ANNOTATION: str(try_number)}}}
+            try:
+                await self.apatch(RAYJOB, view.name, change, resource_version=view.resource_version)
+                return True
+            except ConcurrentChangeError:
+                continue
+        raise ExternalSystemError(f"RayJob {submission_id_of(spec)} changes too fast to be taken over")
+
+    async def cancel(self, spec: TrainingSpec, try_number: int) -> bool:
+        """Delete the attempt's RayJob unless another try has taken it over; whether it was deleted."""
+        for _ in range(_RACES):
+            view = await self.view(spec)
+            if view is None or view.deleting or view.owner_try != try_number:
+                return False
+            try:
+                return await self.adelete(RAYJOB, view.name, uid=view.uid, resource_version=view.resource_version)
+            except ConcurrentChangeError:
+                continue
+        raise ExternalSystemError(f"RayJob {submission_id_of(spec)} changes too fast to be deleted")
+
+    async def end(self, spec: TrainingSpec, try_number: int, patience: float) -> None:
+        """Delete the attempt's RayJob and return when it and all its pods are gone.
+
+        :raises ConcurrentChangeError: a later try follows it
+        :raises ExternalSystemError: they are not gone within ``patience`` seconds
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            view = await self.view(spec)
+            if view is not None:
+                self._refuse_to_rob(view, try_number)
+                if not view.deleting:
+                    try:
+                        await self.adelete(RAYJOB, view.name, uid=view.uid, resource_version=view.resource_version)
+                    except ConcurrentChangeError:
+                        await asyncio.sleep(0)
+                    continue
+            pods = await self.apods(run_selector(spec, spec.attempt))
+            if view is None and not pods:
+                return
+            await self._not_later_than(deadline, submission_id_of(spec), pods)
+
+    async def diagnosis(self, spec: TrainingSpec) -> str | None:
+        """What keeps the attempt from running, in a sentence; None if nothing explains it."""
+        view = await self.view(spec)
+        pods = await self.apods(run_selector(spec, spec.attempt))
+        about = [pod["metadata"]["name"] for pod in pods] + [submission_id_of(spec)]
+        events: list[Any] = []
+        if view is not None and view.cluster:
+            about.append(view.cluster)
+        for name in about:
+            events += await self.aevents(name)
+        workload = None if view is None or not view.queued else await self._workload(view)
+        return diagnose_startup(pods, events, workload)
+
+    async def scheduler_problem(self, spec: TrainingSpec, gang: Gang) -> str | None:
+        """What shows that the promised scheduler does not act on the attempt, None if it does."""
+        view = await self.view(spec)
+        if view is None:
+            return None
+        pods = await self.apods(run_selector(spec, spec.attempt))
+        groups, workloads = [], []
+        if gang.scheduler == "volcano":
+            group = await self.aget(PODGROUP, f"ray-{view.name}-pg")
+            groups = [group] if group else []
+        if gang.scheduler == "kueue":
+            workloads = [found] if (found := await self._workload(view)) else []
+        return preflight(gang, pods=pods, pod_groups=groups, workloads=workloads)
+
+    async def queue_problem(self, spec: TrainingSpec) -> str | None:
+        """Why waiting in Kueue's queue is in vain, None otherwise."""
+        view = await self.view(spec)
+        workload = None if view is None else await self._workload(view)
+        return None if workload is None else queue_problem(workload)
+
+    async def tail(self, spec: TrainingSpec, lines: int) -> str:
+        """The end of the driver's log as its submitter has it; empty without a submitter."""
+        pod = await self._submitter(spec)
+        return "" if pod is None else await self.apod_log(pod, tail=lines, container=SUBMITTER)
+
+    async def driver_log(self, spec: TrainingSpec, place: str | None) -> AsyncGenerator[tuple[str, str], None]:
+        """The driver's log as its submitter has it, from ``place`` on: each line with the place behind it."""
+        while (pod := await self._submitter(spec)) is None:
+            await asyncio.sleep(self._look)
+        since = None
+        if place and place.partition(" ")[0] == pod:
+            since = place.partition(" ")[2]
+        async for line in self.alog_lines(pod, since, container=SUBMITTER):
+            yield f"{pod} {line.cursor}", line.text
+
+    async def _submitter(self, spec: TrainingSpec) -> str | None:
+        pods = await self.apods(run_selector(spec, spec.attempt))
+        found = [
+            pod["metadata"]
+            for pod in pods
+            if any(container["name"] == SUBMITTER for container in pod["spec"].get("containers", ()))
+        ]
+        newest = max(found, key=lambda metadata: metadata.get("creationTimestamp") or "", default=None)
+        return None if newest is None else str(newest["name"])
+
+    async def _workload(self, view: RayJobView) -> Any:
+        found, _ = await self.alist(WORKLOAD, {JOB_UID_LABEL: view.uid})
+        return found[0] if found else None
+
+    async def _end_others(self, spec: TrainingSpec, try_number: int, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        name = submission_id_of(spec)
+        while True:
+            jobs, _ = await self.alist(RAYJOB, run_selector(spec))
+            others = [view for job in jobs if (view := RayJobView.of(job)).name != name]
+            for view in others:
+                self._refuse_to_rob(view, try_number)
+                if not view.deleting:
+                    try:
+                        await self.adelete(RAYJOB, view.name, uid=view.uid, resource_version=view.resource_version)
+                    except ConcurrentChangeError:
+                        continue
+            pods = await self.apods(f"{run_selector(spec)},{ATTEMPT_LABEL}!={spec.attempt}")
+            if not pods and all(view.deleting for view in others):
+                return
+            await self._not_later_than(deadline, "an earlier attempt", pods)
+
+    def _refuse_to_rob(self, view: RayJobView, try_number: int) -> None:
+        if view.owner_try is not None and view.owner_try > try_number:
+            raise ConcurrentChangeError(
+                f"RayJob {view.name} is followed by try {view.owner_try} of this task, and this is try {try_number}: "
+                "the task was cleared or retried meanwhile"
+            )
+
+    async def _not_later_than(self, deadline: float, whose: str, pods: list[Any]) -> None:
+        if time.monotonic() < deadline:
+            await asyncio.sleep(self._look)
+            return
+        names = ", ".join(pod["metadata"]["name"] for pod in pods) or "none, but the RayJob is still there"
+        raise ExternalSystemError(
+            f"what {whose} has started does not go away (pods: {names}); see whether their nodes answer and whether a "
+            "finalizer holds them. Nothing new was started beside them."
+        )

@@ -1,0 +1,295 @@
+"""``RayTrainOperator(mode="kuberay")`` against the stand-in API server with a KubeRay that acts on it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
+from airflow.triggers.base import TaskSuccessEvent
+from support.kube_sim import RayJobSimulator, Stop
+
+from airflow_mlops import storage
+from airflow_mlops.exceptions import AttemptsExhaustedError, ExternalSystemError, TrainingError
+from airflow_mlops.operators.ray import RayTrainOperator
+from airflow_mlops.training.fence import Fence
+from airflow_mlops.training.result import TrainingResult, Usage, write_result
+from airflow_mlops.training.spec import TrainingSpec
+from airflow_mlops.triggers.kuberay import RayJobResourceTrigger
+
+STEPS = 20
+
+
+class Task:
+    """What the operator uses of a task instance."""
+
+    dag_id, task_id, run_id, map_index = "dag", "train", "run-1", -1
+
+    def __init__(self, try_number: int = 1) -> None:
+        self.try_number = try_number
+        self.pushed: dict[str, Any] = {}
+
+    def xcom_push(self, key: str, value: object) -> None:
+        self.pushed[key] = value
+
+
+def spec_of(rayjob: dict[str, Any]) -> TrainingSpec:
+    return TrainingSpec.from_json(storage.read_json(rayjob["spec"]["entrypoint"].split("--spec ")[1].strip("'")))
+
+
+def train(rayjob: dict[str, Any], stop: Stop) -> int:
+    """A training of some steps that commits each, in the run directory as the driver would keep it."""
+    spec = spec_of(rayjob)
+    steps = Path(storage.local_path(spec.run_dir)) / "step"
+    with Fence(spec, Usage, on_lost=lambda: None, patience=5.0):
+        begin = int(steps.read_text()) if steps.exists() else 0
+        stop.log(f"begins at {begin}")
+        for step in range(begin, STEPS):
+            if stop.is_set():
+                return 143
+            steps.write_text(str(step + 1))
+            stop.wait(0.005)
+        resumed = f"{spec.run_dir}/{begin}" if begin else None
+        result = TrainingResult("SUCCEEDED", spec.attempt, spec.fingerprint, metrics={"steps": STEPS}, model_uri="m")
+        write_result(spec, TrainingResult(**{**vars(result), "resumed_from": resumed}))
+    return 0
+
+
+def fails(rayjob: dict[str, Any], stop: Stop) -> int:
+    spec = spec_of(rayjob)
+    stop.log("ValueError: bad label")
+    error = "ValueError: bad label"
+    write_result(spec, TrainingResult("FAILED", spec.attempt, spec.fingerprint, exit_class="app", error=error))
+    return 1
+
+
+@pytest.fixture
+def kuberay(kube_api, kubeconfig, monkeypatch):
+    connection = {"conn_type": "kuberay", "extra": {"kube_config_path": str(kubeconfig), "namespace": "default"}}
+    monkeypatch.setenv("AIRFLOW_CONN_KUBERAY", json.dumps(connection))
+    monkeypatch.setattr("airflow_mlops.hooks.kuberay._LOOK", 0.02)
+    # The cluster's own deadlines run on the simulator's fast clock.
+    monkeypatch.setattr("airflow_mlops.operators._kuberay.MARGIN", 1e6)
+    with RayJobSimulator(kube_api, scale=0.005, script=train) as simulator:
+        yield simulator
+
+
+def operator(tmp_path: Path, **changes: Any) -> RayTrainOperator:
+    mount = {"name": "runs", "mountPath": str(tmp_path)}
+    volume = {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}}
+    pods = {
+        role: {"spec": {"containers": [{"name": f"ray-{role}", "volumeMounts": [mount]}], "volumes": [volume]}}
+        for role in ("head", "worker")
+    }
+    cluster = {"image": "example.com/train:ray2.60.0", "ray_version": "2.60.0", "pod_template_overrides": pods}
+    values = {
+        "task_id": "train",
+        "mode": "kuberay",
+        "train_fn": "pkg.mod:loop",
+        "trainer": "torch",
+        "storage_path": str(tmp_path),
+        "run_key": "r1",
+        "k8s_conn_id": "kuberay",
+        "cluster": {**cluster, **changes.pop("cluster", {})},
+        "poll_interval": 0.1,
+        "unreachable_timeout": 5.0,
+        "fence_timeout": 1.0,
+    }
+    return RayTrainOperator(**{**values, **changes})
+
+
+def run(op: RayTrainOperator, task: Task) -> dict[str, Any]:
+    """Execute, and where it defers let the trigger run and resume on a fresh instance, as Airflow does."""
+    context: Any = {"ti": task}
+    try:
+        return op.execute(context)
+    except TaskDeferred as deferral:
+        deferred = deferral
+    while True:
+        path, kwargs = deferred.trigger.serialize()
+        assert path == f"{RayJobResourceTrigger.__module__}.{RayJobResourceTrigger.__name__}"
+        trigger = RayJobResourceTrigger(**json.loads(json.dumps(kwargs)))
+        event = asyncio.run(first(trigger))
+        if isinstance(event, TaskSuccessEvent):
+            return event.xcoms["return_value"]
+        fresh = op.prepare_for_execution()
+        try:
+            return getattr(fresh, deferred.method_name)(context, json.loads(json.dumps(event.payload)))
+        except TaskDeferred as again:
+            deferred = again
+
+
+async def first(trigger: RayJobResourceTrigger) -> Any:
+    async for event in trigger.run():
+        return event
+
+
+def left(kube_api: Any) -> list[str]:
+    """What is still there, once what is on its way out has gone."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        found = [
+            item["metadata"]["name"] for kind in ("RayJob", "RayCluster", "Pod", "Job") for item in kube_api.list(kind)
+        ]
+        if not found:
+            return []
+        time.sleep(0.05)
+    return found
+
+
+waits = pytest.mark.parametrize("deferrable", [False, True], ids=["blocking", "deferrable"])
+
+
+@waits
+def test_success(kuberay, kube_api, tmp_path, deferrable):
+    task = Task()
+    outcome = run(operator(tmp_path, deferrable=deferrable), task)
+    assert outcome["status"] == "SUCCEEDED" and outcome["attempts"] == 1 and outcome["metrics"] == {"steps": STEPS}
+    assert len(kuberay.started) == 1 and kuberay.started[0].endswith("-a1")
+    assert task.pushed["ray_attempt"]["submission_id"] == kuberay.started[0]
+    assert left(kube_api) == []
+    assert run(operator(tmp_path, deferrable=deferrable), Task(2)) == outcome and len(kuberay.started) == 1
+
+
+@waits
+def test_a_lost_head_is_replaced_once_its_pods_are_gone(kuberay, kube_api, tmp_path, deferrable):
+    kuberay.pods_linger(0.3)
+
+    def kill() -> None:
+        until(lambda: kuberay.running_attempts() and steps(tmp_path) > 3)
+        kuberay.kill_head(kuberay.started[0])
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcome = run(operator(tmp_path, deferrable=deferrable), Task())
+    killer.join()
+    assert outcome["attempts"] == 2 and outcome["resumed_from"]
+    assert set(kuberay.max_overlap.values()) == {1} and set(kuberay.max_running.values()) == {1}
+    assert left(kube_api) == []
+
+
+@waits
+def test_an_application_error_is_left_to_airflow_with_its_log(kuberay, kube_api, tmp_path, deferrable):
+    kuberay.script = fails
+    with pytest.raises(TrainingError, match="(?s)failed in the training code.*bad label.*End of the driver's log"):
+        run(operator(tmp_path, deferrable=deferrable), Task())
+    assert len(kuberay.started) == 1 and left(kube_api) == []
+    kuberay.script = train
+    assert run(operator(tmp_path, deferrable=deferrable), Task(2))["attempts"] == 2
+
+
+@waits
+def test_a_rayjob_that_somebody_deletes_is_stopped_for_good(kuberay, kube_api, tmp_path, deferrable):
+    def delete() -> None:
+        until(lambda: kuberay.running_attempts())
+        kube_api.delete("RayJob", "default", kuberay.started[0])
+
+    killer = threading.Thread(target=delete)
+    killer.start()
+    with pytest.raises(AirflowFailException, match="was stopped"):
+        run(operator(tmp_path, deferrable=deferrable), Task())
+    killer.join()
+    assert left(kube_api) == []
+
+
+@waits
+def test_what_cannot_start_is_named(kuberay, kube_api, tmp_path, deferrable):
+    kuberay.image_pull_error()
+    with pytest.raises(ExternalSystemError, match="did not start within startup_timeout=1 s.*cannot be pulled"):
+        run(operator(tmp_path, deferrable=deferrable, startup_timeout=1), Task())
+    assert left(kube_api) == []
+
+
+@waits
+def test_restarts_are_limited(kuberay, kube_api, tmp_path, deferrable):
+    def kill() -> None:
+        for attempt in (1, 2):
+            until(lambda attempt=attempt: len(kuberay.started) == attempt and kuberay.running_attempts())
+            kuberay.kill_head(kuberay.started[-1])
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(AirflowFailException, match="all 1 restarts are used up"):
+        run(operator(tmp_path, deferrable=deferrable, max_restarts=1), Task())
+    killer.join()
+    assert AttemptsExhaustedError.retryable is False and left(kube_api) == []
+
+
+def test_a_later_try_takes_the_attempt_over(kuberay, kube_api, tmp_path):
+    with pytest.raises(TaskDeferred) as first_try:
+        operator(tmp_path, deferrable=True).execute({"ti": Task(1)})
+    with pytest.raises(TaskDeferred) as second_try:
+        operator(tmp_path, deferrable=True).execute({"ti": Task(2)})
+    # The first try's trigger is told of the clearing only now: it must leave the attempt alone.
+    asyncio.run(first_try.value.trigger.on_kill())
+    event = asyncio.run(first(second_try.value.trigger))
+    assert event.xcoms["return_value"]["attempts"] == 1 and len(kuberay.started) == 1
+    assert left(kube_api) == []
+
+
+def test_a_cleared_task_ends_its_attempt_and_the_next_try_goes_on(kuberay, kube_api, tmp_path):
+    with pytest.raises(TaskDeferred) as cleared:
+        operator(tmp_path, deferrable=True).execute({"ti": Task(1)})
+    until(lambda: kuberay.running_attempts() and steps(tmp_path) > 2)
+    asyncio.run(cleared.value.trigger.on_kill())
+    outcome = run(operator(tmp_path, deferrable=True), Task(2))
+    assert outcome["attempts"] == 2 and outcome["resumed_from"]
+    assert set(kuberay.max_overlap.values()) == {1}
+
+
+def test_a_budget_ends_it_and_a_higher_one_goes_on(kuberay, kube_api, tmp_path):
+    def slow(rayjob: dict[str, Any], stop: Stop) -> int:
+        while not stop.is_set():
+            stop.wait(0.01)
+        return 143
+
+    kuberay.script = slow
+    gpu = {"cluster": {"gpu": {"kind": "full"}}, "use_gpu": True}
+    with pytest.raises(AirflowFailException, match="budget of .* GPU-hours is used up"):
+        run(operator(tmp_path, deferrable=True, budget={"max_gpu_hours": 0.5 / 3600}, **gpu), Task())
+    assert left(kube_api) == []
+    kuberay.script = train
+    higher = {"max_gpu_hours": 1, "price_per_gpu_hour": 2.0}
+    outcome = run(operator(tmp_path, deferrable=True, budget=higher, **gpu), Task(2))
+    assert outcome["attempts"] == 2 and "cost" in outcome
+
+
+def test_live_lines_come_once_over_a_restart_of_the_triggerer(kuberay, kube_api, tmp_path):
+    def talks(rayjob: dict[str, Any], stop: Stop) -> int:
+        for line in range(60):
+            stop.log(f"line {line}")
+            stop.wait(0.02)
+        return train(rayjob, stop)
+
+    kuberay.script = talks
+    with pytest.raises(TaskDeferred) as deferred:
+        operator(tmp_path, deferrable=True, logs="live").execute({"ti": Task(1)})
+    lines: list[str] = []
+
+    async def follow(seconds: float | None) -> Any:
+        trigger = RayJobResourceTrigger(**deferred.value.trigger.serialize()[1])
+        trigger._on_line = lines.append
+        return await asyncio.wait_for(first(trigger), seconds)
+
+    until(lambda: kuberay.running_attempts())
+    with pytest.raises(TimeoutError):
+        asyncio.run(follow(0.6))
+    assert isinstance(asyncio.run(follow(30)), TaskSuccessEvent)
+    assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(60)]
+
+
+def until(probe: Any, timeout: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not probe():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def steps(tmp_path: Path) -> int:
+    file = tmp_path / "r1" / "step"
+    return int(file.read_text() or 0) if file.exists() else 0
