@@ -176,7 +176,7 @@ def test_a_lost_head_is_replaced_once_its_pods_are_gone(kuberay, kube_api, tmp_p
 @waits
 def test_an_application_error_is_left_to_airflow_with_its_log(kuberay, kube_api, tmp_path, deferrable):
     kuberay.script = fails
-    with pytest.raises(TrainingError, match="(?s)failed in the training code.*bad label.*End of the driver's log"):
+    with pytest.raises(TrainingError, match=r"(?s)failed in the training code.*bad label.*End of the driver's log"):
         run(operator(tmp_path, deferrable=deferrable), Task())
     assert len(kuberay.started) == 1 and left(kube_api) == []
     kuberay.script = train
@@ -200,7 +200,7 @@ def test_a_rayjob_that_somebody_deletes_is_stopped_for_good(kuberay, kube_api, t
 @waits
 def test_what_cannot_start_is_named(kuberay, kube_api, tmp_path, deferrable):
     kuberay.image_pull_error()
-    with pytest.raises(ExternalSystemError, match="did not start within startup_timeout=1 s.*cannot be pulled"):
+    with pytest.raises(ExternalSystemError, match=r"did not start within startup_timeout=1 s.*cannot be pulled"):
         run(operator(tmp_path, deferrable=deferrable, startup_timeout=1), Task())
     assert left(kube_api) == []
 
@@ -250,7 +250,7 @@ def test_a_budget_ends_it_and_a_higher_one_goes_on(kuberay, kube_api, tmp_path):
 
     kuberay.script = slow
     gpu = {"cluster": {"gpu": {"kind": "full"}}, "use_gpu": True}
-    with pytest.raises(AirflowFailException, match="budget of .* GPU-hours is used up"):
+    with pytest.raises(AirflowFailException, match=r"budget of .* GPU-hours is used up"):
         run(operator(tmp_path, deferrable=True, budget={"max_gpu_hours": 0.5 / 3600}, **gpu), Task())
     assert left(kube_api) == []
     kuberay.script = train
