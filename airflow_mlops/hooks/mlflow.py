@@ -248,6 +248,7 @@ class MlflowHook(BaseHook):
         long as a write reaches the server within ``LEASE_SETTLE_SECONDS``.
 
         :raises ConcurrentChangeError: somebody else holds it
+        :raises ExternalSystemError: the server does not take it
         """
         if self._sqlite_path:
             with self._file_lock("lease"):
@@ -256,13 +257,21 @@ class MlflowHook(BaseHook):
         import time
         import uuid
 
+        from mlflow.exceptions import MlflowException
+
         key, token = "mlops.lease", uuid.uuid4().hex
         held = self._lease_holder(name, key)
         if held and held[1] > time.time():
             raise ConcurrentChangeError(f"somebody else is promoting {name} right now; clear this task to try again")
-        self.client.set_registered_model_tag(name, key, f"{token} {time.time() + LEASE_SECONDS:.3f}")
+        failure: Exception | None = None
+        try:
+            self.client.set_registered_model_tag(name, key, f"{token} {time.time() + LEASE_SECONDS:.3f}")
+        except MlflowException as error:  # of two first writes at once the store refuses one
+            failure = error
         time.sleep(LEASE_SETTLE_SECONDS)
         held = self._lease_holder(name, key)
+        if not held and failure is not None:
+            raise self._unreachable(failure) from failure
         if not held or held[0] != token:
             raise ConcurrentChangeError(f"somebody else began to promote {name} first; clear this task to try again")
         try:

@@ -85,20 +85,25 @@ def freeze_after(loop: Any, checkpoint: str | None) -> None:
 def kill_the_worker(loop: Any, run_id: str, seen: dict[str, Any]) -> None:
     """SIGKILL between the submission of the job and the task's deferral: nobody knows of the job any more."""
     task = loop.until(
-        lambda: (ti := loop.task(run_id, "train.ray_train"))["state"] in ("queued", "running") and ti, "ray_train", 600
+        lambda: (ti := loop.task(run_id, "train.ray_train"))["state"] in ("queued", "running") and ti,
+        "ray_train",
+        timeout=600,
+        interval=0.05,
     )
-    loop.until(lambda: attempt_of(loop) == 1, "the first attempt", 120, interval=0.01)
-    victims = loop.task_processes(task["id"])
-    assert len(victims) >= 2
+    # Found before they are needed: the look through all processes lasts longer than the submission.
+    victims = loop.until(
+        lambda: len(found := loop.task_processes(task["id"])) >= 2 and found, "the task's processes", 60, interval=0.01
+    )
+    loop.until(lambda: attempt_of(loop) == 1, "the first attempt", 120, interval=0.001)
+    loop.send(victims, signal.SIGSTOP)
 
     def submitted() -> bool:
         # Step by step, lest the task goes on to its deferral meanwhile.
         loop.send(victims, signal.SIGCONT)
-        time.sleep(0.02)
+        time.sleep(0.01)
         loop.send(victims, signal.SIGSTOP)
         return bool(loop.april_jobs())
 
-    loop.send(victims, signal.SIGSTOP)
     loop.until(submitted, "the submission of the job", 60, interval=0)
     loop.send(victims, signal.SIGKILL)
     assert loop.task(run_id, "train.ray_train")["state"] == "running", "the task was deferred before it was killed"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import http.server
 import json
 import multiprocessing
@@ -7,11 +8,13 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 
 from airflow_mlops.exceptions import (
     ConcurrentChangeError,
@@ -198,6 +201,22 @@ class TestLease:
         for thread in threads:
             thread.join()
         assert sorted(outcome) == ["held", "refused"]
+
+    def test_of_two_first_writes_the_store_refuses_one(self, mlflow_hook, monkeypatch):
+        monkeypatch.setattr(MlflowHook, "_sqlite_path", None)
+        monkeypatch.setattr("airflow_mlops.hooks.mlflow.LEASE_SETTLE_SECONDS", 0.0)
+        mlflow_hook.client.create_registered_model("late")
+        write = mlflow_hook.client.set_registered_model_tag
+
+        def refused(name, key, value, first):
+            if first:
+                write(name, key, f"other {time.time() + 60}")
+            raise MlflowException("UNIQUE constraint failed")
+
+        for first, error in ((False, ExternalSystemError), (True, ConcurrentChangeError)):
+            monkeypatch.setattr(mlflow_hook.client, "set_registered_model_tag", functools.partial(refused, first=first))
+            with pytest.raises(error), mlflow_hook.lease("late"):
+                pytest.fail("nobody gave the lease")
 
     def test_one_left_behind_expires(self, mlflow_hook, monkeypatch):
         monkeypatch.setattr(MlflowHook, "_sqlite_path", None)
