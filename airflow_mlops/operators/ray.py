@@ -312,7 +312,9 @@ class RayTrainOperator(BaseOperator):
                 return self._outcome(spec, result)
             if action.kind == "fail":
                 error = self._error(action, spec, result)
-                self._must_run.close(spec, failed=True)
+                # Who cannot be reached may be well: the next try finds out.
+                if action.blame != "unreachable":
+                    self._must_run.close(spec, failed=True)
                 raise error
             if action.kind == "restart":
                 progress = self._restart(context, progress, action)
