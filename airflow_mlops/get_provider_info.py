@@ -6,6 +6,7 @@ from typing import Any
 
 _SYSTEMS = {
     "Ray": "https://docs.ray.io/",
+    "KubeRay": "https://docs.ray.io/en/latest/cluster/kubernetes/index.html",
     "Feast": "https://docs.feast.dev/",
     "MLflow": "https://mlflow.org/docs/latest/",
     "DVC": "https://dvc.org/doc",
@@ -50,9 +51,18 @@ def get_provider_info() -> dict[str, Any]:
         "sensors": _modules("sensors", {"Evidently": ["drift"]}),
         "hooks": _modules(
             "hooks",
-            {"Ray": ["ray"], "Feast": ["feast"], "MLflow": ["mlflow"], "DVC": ["dvc"], "Ray Serve": ["ray_serve"]},
+            {
+                "Ray": ["ray"],
+                "KubeRay": ["kubernetes", "kuberay"],
+                "Feast": ["feast"],
+                "MLflow": ["mlflow"],
+                "DVC": ["dvc"],
+                "Ray Serve": ["ray_serve"],
+            },
         ),
-        "triggers": _modules("triggers", {"Ray": ["ray"], "Evidently": ["drift"], "Ray Serve": ["canary"]}),
+        "triggers": _modules(
+            "triggers", {"Ray": ["ray"], "KubeRay": ["kuberay"], "Evidently": ["drift"], "Ray Serve": ["canary"]}
+        ),
         "task-decorators": [{"name": "ray_train", "class-name": "airflow_mlops.decorators.ray.ray_train_task"}],
         "extra-links": [
             "airflow_mlops.links.RayDashboardLink",
@@ -68,6 +78,13 @@ def get_provider_info() -> dict[str, Any]:
                 "conn-fields": {
                     "serve_url": _field("Serve URL", "Where Ray Serve answers requests, for example http://ray:8000"),
                     "verify": _field("TLS verification", "true, false or the path of a CA bundle; true if empty"),
+                    "proxy_service": _field(
+                        "Service behind the API server",
+                        "namespace/service:port, reached through the Kubernetes API server, without a dashboard URL",
+                    ),
+                    "kubernetes_conn_id": _field(
+                        "Kubernetes connection", "Of that API server; kubernetes_default if empty"
+                    ),
                 },
                 "ui-field-behaviour": {
                     "hidden-fields": ["schema", "login", "extra"],
@@ -76,6 +93,30 @@ def get_provider_info() -> dict[str, Any]:
                         "host": "http://127.0.0.1:8265",
                         "password": "RAY_AUTH_TOKEN, if the cluster has one",
                     },
+                },
+            },
+            {
+                "connection-type": "kuberay",
+                "hook-class-name": "airflow_mlops.hooks.kubernetes.CustomResourceHook",
+                "hook-name": "KubeRay",
+                "conn-fields": {
+                    "in_cluster": _field(
+                        "In-cluster", "Use the service account of the pod that Airflow runs in", kind="boolean"
+                    ),
+                    "kube_config_path": _field("Kubeconfig path", "On workers and triggerers"),
+                    "kube_config": _field("Kubeconfig", "Its content as JSON, instead of a path", secret=True),
+                    "cluster_context": _field("Context", "Of the kubeconfig; its current one if empty"),
+                    "namespace": _field("Namespace", "Where clusters are made, unless the task names one"),
+                    "disable_verify_ssl": _field(
+                        "Trust any certificate", "Do not verify the API server's", kind="boolean"
+                    ),
+                    "disable_tcp_keepalive": _field(
+                        "No TCP keepalive", "Do not keep idle connections alive", kind="boolean"
+                    ),
+                },
+                "ui-field-behaviour": {
+                    "hidden-fields": ["host", "schema", "login", "password", "port", "extra"],
+                    "placeholders": {"namespace": "ml-training"},
                 },
             },
             {

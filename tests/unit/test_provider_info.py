@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -52,10 +53,34 @@ def test_each_connection_type_has_a_hook_that_can_be_tested(connection):
     hook = getattr(importlib.import_module(module), name)
     assert hook.conn_type == connection["connection-type"]
     assert hook.hook_name == connection["hook-name"]
-    assert hook.default_conn_name.startswith(connection["connection-type"].split("_")[0])
+    # A kuberay connection is a Kubernetes connection with a form of its own: without one Kubernetes' default counts.
+    assert hook.default_conn_name in (f"{hook.conn_type}_default", "kubernetes_default")
+    assert (hook.default_conn_name == "kubernetes_default") == (hook.conn_type == "kuberay")
     assert callable(hook.test_connection)
     for field in connection["conn-fields"].values():
         jsonschema.Draft7Validator.check_schema(field["schema"])
+
+
+def test_the_form_of_kuberay_has_the_fields_that_its_hook_reads(monkeypatch):
+    from airflow.providers.cncf.kubernetes.get_provider_info import get_provider_info as stock_info
+
+    from airflow_mlops.hooks.kubernetes import CustomResourceHook
+
+    (own,) = (entry for entry in INFO["connection-types"] if entry["connection-type"] == "kuberay")
+    (stock,) = (entry for entry in stock_info()["connection-types"] if entry["connection-type"] == "kubernetes")
+    known = {name: field["schema"]["type"] for name, field in stock["conn-fields"].items()}
+    assert {name: field["schema"]["type"] for name, field in own["conn-fields"].items()}.items() <= known.items()
+    extra = {"in_cluster": False, "namespace": "ml-training"}
+    monkeypatch.setenv("AIRFLOW_CONN_KUBE", json.dumps({"conn_type": "kuberay", "extra": extra}))
+    assert CustomResourceHook("kube").namespace_of() == "ml-training"
+
+
+def test_the_form_of_ray_has_the_fields_that_its_endpoint_reads():
+    import airflow_mlops.hooks._ray_endpoint as endpoint
+
+    (ray,) = (entry for entry in INFO["connection-types"] if entry["connection-type"] == "ray")
+    read = set(re.findall(r'extra\.get\("(\w+)"\)', pathlib.Path(endpoint.__file__).read_text()))
+    assert set(ray["conn-fields"]) == read
 
 
 def test_the_links_and_the_decorator_are_classes_that_exist():
@@ -70,7 +95,7 @@ def test_airflow_lists_the_provider_with_its_hooks_and_decorator():
 
     manager, runtime = ProvidersManager(), ProvidersManagerTaskRuntime()
     assert "airflow-mlops" in manager.providers
-    assert {"ray", "feast", "mlflow", "dvc_remote"} <= set(runtime.hooks)
+    assert {"ray", "kuberay", "feast", "mlflow", "dvc_remote"} <= set(runtime.hooks)
     assert "ray_train" in runtime.taskflow_decorators
     assert "airflow_mlops.links.RayDashboardLink" in manager.extra_links_class_names
 
