@@ -151,7 +151,8 @@ class KubeApi(KubeServer):
             pod = self.store.get(self.store.named("pods"), namespace, name)
             container = container or containers(pod)[0]
             log = self.store.logs.setdefault((namespace, name), [])
-            log.extend((self.store.now(), container, text) for text in texts)
+            # As exact as it is shown, or a line would be shown in a second that a filter does not find it in.
+            log.extend((round(self.store.now(), 6), container, text) for text in texts)
         self._notify()
 
     def add_event(

@@ -226,31 +226,33 @@ class Verbs:
 
     async def _log(self, call: Call) -> web.StreamResponse:
         _, namespace, name = call.place
-        pod = self.store.get(*call.place)
+        with self.store.lock:
+            pod = self.store.get(*call.place)
+            # The list itself, so that what was written last is still there when the pod has gone.
+            log = self.store.logs.setdefault((namespace, name), [])
+            sent = len(log)
+            written = log[:sent]
         container = _log_container(pod, call.query.get("container", ""))
-        response = web.StreamResponse(headers={"Content-Type": "text/plain"})
-        lines = self._log_lines(call, container)
+        lines = self._log_lines(call, [line for line in written if line[1] == container])
         if call.query.get("follow") != "true":
             return web.Response(text="".join(lines))
+        response = web.StreamResponse(headers={"Content-Type": "text/plain"})
         await response.prepare(call.request)
         self._streams.add(response)
-        wake, sent = asyncio.Event(), 0
+        wake = asyncio.Event()
         self._wake.add(wake)
         try:
             for line in lines:
                 await response.write(line.encode())
-            sent = self._log_length(namespace, name)
             while True:
                 wake.clear()
-                found = list(self.store.logs.get((namespace, name), ()))
-                for stamp, where, text in found[sent:]:
+                # Whether it is over comes before what is written: the last lines may come in between.
+                over = self._log_over(call, pod)
+                for stamp, where, text in log[sent:]:
+                    sent += 1
                     if where == container:
                         await response.write(_log_line(call, stamp, text).encode())
-                sent = len(found)
-                current = self.store.find(*call.place)
-                if current is None or current["metadata"]["uid"] != pod["metadata"]["uid"]:
-                    break
-                if current.get("status", {}).get("phase") in ("Succeeded", "Failed"):
+                if over:
                     break
                 await wake.wait()
         except ConnectionError:
@@ -262,18 +264,19 @@ class Verbs:
             await response.write_eof()
         return response
 
-    def _log_length(self, namespace: str, name: str) -> int:
-        return len(self.store.logs.get((namespace, name), ()))
+    def _log_over(self, call: Call, pod: Object) -> bool:
+        current = self.store.find(*call.place)
+        if current is None or current["metadata"]["uid"] != pod["metadata"]["uid"]:
+            return True
+        return current.get("status", {}).get("phase") in ("Succeeded", "Failed")
 
-    def _log_lines(self, call: Call, container: str) -> list[str]:
-        _, namespace, name = call.place
-        found = [line for line in self.store.logs.get((namespace, name), ()) if line[1] == container]
+    def _log_lines(self, call: Call, written: list[tuple[float, str, str]]) -> list[str]:
         since = 0.0
         if call.query.get("sinceSeconds"):
             since = self.store.now() - float(call.query["sinceSeconds"])
         elif call.query.get("sinceTime"):
             since = rules.seconds_of(call.query["sinceTime"])
-        found = [line for line in found if line[0] >= since]
+        found = [line for line in written if line[0] >= since]
         if "tailLines" in call.query:
             tail = int(call.query["tailLines"])
             found = found[-tail:] if tail else []

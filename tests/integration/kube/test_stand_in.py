@@ -174,6 +174,26 @@ def test_a_log_can_be_followed(server):
     assert answer.text == "two\nthree\n"
 
 
+def test_a_followed_log_has_every_line_whenever_it_was_written(server):
+    pod = {"kind": "Pod", "metadata": {"name": "talks"}, "spec": {"containers": [{"name": "main"}]}}
+    wanted = [f"line {number}" for number in range(3000)]
+    for _ in range(5):
+        server.api.create({**pod, "status": {"phase": "Running"}})
+        server.api.add_pod_log("talks", wanted[:1000])
+
+        def write() -> None:
+            for line in wanted[1000:]:
+                server.api.add_pod_log("talks", line)
+            server.api.put_status("Pod", "default", "talks", {"phase": "Succeeded"})
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        answer = server.session.get(server.url + server.path(PODS, "talks/log"), params={"follow": "true"})
+        thread.join()
+        assert answer.text.splitlines() == wanted
+        server.api.delete_now("Pod", "default", "talks")
+
+
 # KubeRay
 
 
