@@ -37,7 +37,6 @@ with DAG(
         task_id="train",
         mode="kuberay",
         k8s_conn_id="kubernetes_default",
-        namespace="ml-training",
         # What trains
         train_fn="airflow_mlops.examples.torch_loop:train_loop_per_worker",
         trainer="torch",
@@ -52,27 +51,34 @@ with DAG(
         num_workers=(2, 4),
         storage_path="{{ params.storage_path }}",
         # Where it trains
-        image="{{ params.image }}",
-        ray_version="2.60.0",
-        gpu={"kind": "full", "count": 1},
-        spot={"provider": "gke", "grace_seconds": 30},
-        autoscale={"min_workers": 2, "max_workers": 4, "idle_timeout": 120},
-        head_resources={"cpu": "2", "memory": "8Gi"},
-        worker_resources={"cpu": "8", "memory": "32Gi"},
-        env_from=["s3-credentials"],
-        # DDP passes tensors between processes of a node through shared memory, of which a container has 64 MiB.
-        pod_template_overrides={
-            "worker": {
-                "spec": {
-                    "containers": [
-                        {"name": "ray-worker", "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}]}
-                    ],
-                    "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}}],
+        cluster={
+            "namespace": "ml-training",
+            "image": "{{ params.image }}",
+            "ray_version": "2.60.0",
+            "gpu": {"kind": "full", "count": 1},
+            "spot": {"provider": "gke", "grace_seconds": 30},
+            "autoscale": {"min_workers": 2, "max_workers": 4, "idle_timeout": 120},
+            "head_resources": {"cpu": "2", "memory": "8Gi"},
+            "worker_resources": {"cpu": "8", "memory": "32Gi"},
+            "env_from": ["s3-credentials"],
+            # DDP passes tensors between processes of a node through shared memory, of which a container has 64 MiB.
+            "pod_template_overrides": {
+                "worker": {
+                    "spec": {
+                        "containers": [
+                            {"name": "ray-worker", "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}]}
+                        ],
+                        "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}}],
+                    }
                 }
-            }
+            },
+            # With InfiniBand or RoCE, by the device plugin's name of the resource:
+            # "rdma": {
+            #     "resources": {"rdma/hca_shared_devices_a": 1},
+            #     "annotations": {"k8s.v1.cni.cncf.io/networks": "rdma"},
+            # },
+            "cost_tags": {"team": "ml-platform"},
         },
-        # With InfiniBand or RoCE, by the device plugin's name of the resource:
-        # rdma={"resources": {"rdma/hca_shared_devices_a": 1}, "annotations": {"k8s.v1.cni.cncf.io/networks": "rdma"}},
         # How long it may take, and what it may cost
         max_failures=3,
         max_restarts=3,
@@ -80,7 +86,6 @@ with DAG(
         stall_timeout=60 * 60,
         total_timeout=12 * 60 * 60,
         budget={"max_cost": 200, "price_per_gpu_hour": 2.5},
-        cost_tags={"team": "ml-platform"},
         logs="tail",
         deferrable=True,
     )

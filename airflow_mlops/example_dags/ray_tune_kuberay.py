@@ -37,7 +37,6 @@ with DAG(
         task_id="search",
         mode="kuberay",
         k8s_conn_id="kubernetes_default",
-        namespace="ml-training",
         train_fn="airflow_mlops.examples.xgboost_loop:train_loop_per_worker",
         trainer="tune",
         config={
@@ -66,18 +65,21 @@ with DAG(
         num_workers=2,
         resources_per_worker={"CPU": 1},
         storage_path="{{ params.storage_path }}",
-        image="{{ params.image }}",
-        ray_version="2.60.0",
-        autoscale={"min_workers": 2, "max_workers": 8, "idle_timeout": 60},
-        # Each trial has a process of about 0.5 GiB on the head, which waits for its workers.
-        head_resources={"cpu": "2", "memory": "8Gi"},
-        worker_resources={"cpu": "2", "memory": "8Gi"},
-        env_from=["s3-credentials"],
+        cluster={
+            "namespace": "ml-training",
+            "image": "{{ params.image }}",
+            "ray_version": "2.60.0",
+            "autoscale": {"min_workers": 2, "max_workers": 8, "idle_timeout": 60},
+            # Each trial has a process of about 0.5 GiB on the head, which waits for its workers.
+            "head_resources": {"cpu": "2", "memory": "8Gi"},
+            "worker_resources": {"cpu": "2", "memory": "8Gi"},
+            "env_from": ["s3-credentials"],
+            "cost_tags": {"team": "ml-platform"},
+        },
         max_restarts=3,
         startup_timeout=15 * 60,
         stall_timeout=60 * 60,
         total_timeout=12 * 60 * 60,
-        cost_tags={"team": "ml-platform"},
         logs="tail",
         deferrable=True,
     )

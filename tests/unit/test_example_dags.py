@@ -6,15 +6,15 @@ import dataclasses
 import importlib
 import pathlib
 import re
-import runpy
 from typing import Any
 
 import pytest
 import yaml
-from airflow.sdk import BaseOperator
+from airflow.dag_processing.dagbag import DagBag
 from support.crd import CrdSchemas, crd_dir
 
 from airflow_mlops.hooks.kubernetes import NEEDED_ACCESS
+from airflow_mlops.operators.ray import RayTrainOperator
 from airflow_mlops.training.cluster import KubeCluster, fitted
 from airflow_mlops.training.limits import Limits
 from airflow_mlops.training.manifest import Owner, render_rayjob
@@ -25,44 +25,34 @@ DAGS = sorted((ROOT / "airflow_mlops/example_dags").glob("ray_*.py"))
 IMAGES = sorted((ROOT / "docker").glob("training*.Dockerfile"))
 
 
-class Recorder(BaseOperator):
-    """Takes whatever the operator takes, and keeps it."""
-
-    def __init__(self, *, task_id: str, **given: Any) -> None:
-        super().__init__(task_id=task_id)
-        self.given = given
-
-
 def of(kind: type, given: dict[str, Any]) -> dict[str, Any]:
-    return {entry.name: given[entry.name] for entry in dataclasses.fields(kind) if entry.name in given}
-
-
-def rendered(value: Any, params: dict[str, Any]) -> Any:
-    if isinstance(value, dict):
-        return {key: rendered(entry, params) for key, entry in value.items()}
-    if isinstance(value, str) and (named := re.fullmatch(r"{{ params\.(\w+) }}", value)):
-        return params[named[1]]
-    return value
+    return {entry.name: given[entry.name] for entry in dataclasses.fields(kind) if given.get(entry.name) is not None}
 
 
 @pytest.fixture(params=DAGS, ids=lambda path: path.stem)
-def training(request, monkeypatch) -> dict[str, Any]:
-    """What the Dag's one task gives the operator, rendered with the Dag's defaults."""
-    monkeypatch.setattr("airflow_mlops.operators.ray.RayTrainOperator", Recorder)
-    dag = runpy.run_path(str(request.param))["dag"]
+def training(request) -> RayTrainOperator:
+    """The Dag's one task as Airflow's Dag processor reads it, rendered with the Dag's defaults."""
+    bag = DagBag(request.param, known_pools={"default_pool"})
+    assert not bag.import_errors
+    (dag,) = bag.dags.values()
     assert dag.dag_id == request.param.stem and dag.doc_md and not dag.schedule
     (task,) = dag.tasks
-    return rendered(task.given, {name: dag.params[name] for name in dag.params})
+    assert isinstance(task, RayTrainOperator)
+    task.render_template_fields({"params": {name: dag.params[name] for name in dag.params}})
+    return task
 
 
 def test_its_cluster_can_be_made_and_its_training_found(training):
-    assert training["mode"] == "kuberay"
-    spec = TrainingSpec(run_key="r1", **of(TrainingSpec, training | {"ray_version": None}))
-    assert spec.num_workers == worker_count(training["num_workers"])
-    cluster = KubeCluster.from_mapping(of(KubeCluster, training))
+    assert training.mode == "kuberay" and training.deferrable
+    given = vars(training)
+    spec = TrainingSpec(**of(TrainingSpec, {**given, "run_key": "r1"}))
+    assert spec.num_workers == worker_count(training.num_workers)
+    cluster = KubeCluster.from_mapping(training.cluster)
+    assert cluster.namespace == "ml-training" and cluster.image.startswith("registry.example.com/training:")
+    assert not {"startup_timeout", "attempt_timeout"} & set(training.cluster)
     spec = fitted(spec, cluster)
     load_callable(spec.train_fn)
-    limits = Limits.from_mapping(of(Limits, training))
+    limits = Limits.from_mapping(of(Limits, given))
     limits.validate(gpus=spec.gpus_per_worker)
     manifest = render_rayjob(
         spec, cluster, name="r1-a1", owner=Owner("dag", "train", "run"), spec_uri="s3://runs/r1/_mlops/spec-a1.json"
@@ -92,7 +82,7 @@ def test_each_image_has_the_tested_versions():
 def test_the_ray_of_an_example_is_the_images(path):
     (ray,) = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     text = path.read_text()
-    assert f'ray_version="{ray}"' in text and f":ray{ray}-" in text
+    assert f'"ray_version": "{ray}"' in text and f":ray{ray}-" in text
 
 
 def test_the_role_is_what_the_hook_needs_and_no_more():
