@@ -9,17 +9,19 @@ import argparse
 import json
 import pathlib
 
-from tests.bench import imports, month
+from tests.bench import imports, month, overhead
+
+PARTS = {"imports": imports, "overhead": overhead, "month": month}
 
 
 def main() -> None:
     """Measure what was asked for, print the table, write ``bench.json``."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--only", choices=["imports", "month"], action="append", help="measure just this; repeatable")
+    parser.add_argument("--only", choices=list(PARTS), action="append", help="measure just this; repeatable")
     parser.add_argument("--json", default="bench.json", help="where to write the rows")
     arguments = parser.parse_args()
     rows: list[dict[str, object]] = []
-    for name, part in {"imports": imports, "month": month}.items():
+    for name, part in PARTS.items():
         if arguments.only is None or name in arguments.only:
             print(f"measuring {name} ...", flush=True)
             rows += part.measure()
