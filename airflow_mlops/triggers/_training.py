@@ -151,7 +151,10 @@ class Training:
             return self.event(seen=vars(seen))
         from airflow.triggers.base import TaskSuccessEvent
 
-        return TaskSuccessEvent(xcoms=xcoms)
+        end = TaskSuccessEvent(xcoms=xcoms)
+        # ``dag.test()`` ends no task here: it hands the payload, which a triggerer never looks at, to the operator.
+        end.payload = self.event(seen=vars(seen)).payload
+        return end
 
     def _success(self, seen: Observation) -> dict[str, Any] | None:
         """The XComs of a success, None where it is none or where that cannot be told now."""

@@ -84,6 +84,9 @@ def test_success_ends_the_task_or_calls_a_worker(dashboard, spec):
     assert isinstance(end, TaskSuccessEvent) and end.xcoms == {**value, "return_value": value}
     called = asyncio.run(event(trigger(spec)))
     assert not isinstance(called, TaskSuccessEvent) and called.payload["seen"]["status"] == "SUCCEEDED"
+    # ``dag.test()`` hands the payload of the end to the operator; a triggerer sends it nowhere.
+    assert end.payload == called.payload
+    assert end.model_dump() == {"task_instance_state": "success", "xcoms": end.xcoms}
 
 
 def test_failure_calls_a_worker_with_what_was_seen(dashboard, spec):
