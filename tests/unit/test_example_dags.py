@@ -29,9 +29,20 @@ def of(kind: type, given: dict[str, Any]) -> dict[str, Any]:
     return {entry.name: given[entry.name] for entry in dataclasses.fields(kind) if given.get(entry.name) is not None}
 
 
-@pytest.fixture(params=DAGS, ids=lambda path: path.stem)
+def of_readme() -> RayTrainOperator:
+    """The task that the README shows."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (text,) = (block for block in blocks if 'mode="kuberay"' in block)
+    names: dict[str, Any] = {"RayTrainOperator": RayTrainOperator}
+    exec(text, names)
+    return names["train"]
+
+
+@pytest.fixture(params=[*DAGS, ROOT / "README.md"], ids=lambda path: path.stem)
 def training(request) -> RayTrainOperator:
     """The Dag's one task as Airflow's Dag processor reads it, rendered with the Dag's defaults."""
+    if request.param.suffix == ".md":
+        return of_readme()
     bag = DagBag(request.param, known_pools={"default_pool"})
     assert not bag.import_errors
     (dag,) = bag.dags.values()
