@@ -36,7 +36,8 @@ BATCH = 1000
 def ends_in_triggerer(operator: BaseOperator) -> bool:
     """Whether a success of ``operator`` may end in the triggerer as a ``TaskSuccessEvent``.
 
-    In Airflow 3.3.2 that event sets the state, writes the XComs it carries and no more. It runs neither
+    In Airflow 3.3.2 that event sets the state, writes the XComs it carries (as text of JSON, which a worker takes for
+    text: so they are pushed beforehand) and no more. It runs neither
     ``on_success_callback`` (the callback request it sends is dropped, as only those of failures are run) nor
     ``post_execute``, registers no events of outlets, calls no listener (OpenLineage is one), and stores XComs as plain
     JSON past a custom XCom backend. An operator that has any of these ends on a worker.
@@ -111,6 +112,8 @@ class Training:
     :param times: :meth:`Times.to_json`; needed with limits, and handed back with every event
     :param finish_in_triggerer: whether a success ends the task here, see :func:`ends_in_triggerer`
     :param multiple_outputs: whether each key of the result is an XCom of its own, too
+    :param task: the trigger's task instance, to which XComs are pushed; without one, outside a triggerer, the event of
+        a success carries them
     """
 
     def __init__(
@@ -121,7 +124,9 @@ class Training:
         times: Mapping[str, Any] | None = None,
         finish_in_triggerer: bool = False,
         multiple_outputs: bool = True,
+        task: Any = None,
     ) -> None:
+        self._task = task
         self._state, self._finish, self._multiple_outputs = dict(state), finish_in_triggerer, multiple_outputs
         self.spec = TrainingSpec.from_json(state["spec"]) if state.get("spec") else None
         self._limits = Limits.from_mapping(limits or {})
@@ -173,6 +178,14 @@ class Training:
         budget = self._limits.budget
         value = outcome(spec, result, price_per_gpu_hour=None if budget is None else budget.price_per_gpu_hour)
         return {**(value if self._multiple_outputs else {}), "return_value": value}
+
+
+async def _push(task: Any, xcoms: Mapping[str, Any]) -> None:
+    from airflow.sdk.execution_time.xcom import XCom
+
+    place = {"dag_id": task.dag_id, "task_id": task.task_id, "run_id": task.run_id, "map_index": task.map_index}
+    for key, value in xcoms.items():
+        await XCom.aset(key, value, **place)
 
 
 class LogRelay:

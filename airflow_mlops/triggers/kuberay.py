@@ -120,6 +120,7 @@ class RayJobResourceTrigger(BaseTrigger):
                 times=self.times,
                 finish_in_triggerer=self.finish_in_triggerer,
                 multiple_outputs=self.multiple_outputs,
+                task=self.task_instance,
             )
             async with await self._hook() as hook:
                 async with self._shared() as shared, self._log_shown(hook, training):

@@ -113,6 +113,7 @@ class RayJobTrigger(BaseTrigger):
                 times=self.times,
                 finish_in_triggerer=self.finish_in_triggerer,
                 multiple_outputs=self.multiple_outputs,
+                task=self.task_instance,
             )
         except MlopsError as error:
             yield TriggerEvent({"error": str(error), "state": self.state})
