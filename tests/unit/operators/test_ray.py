@@ -11,6 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import structlog
 from airflow.sdk.exceptions import AirflowFailException, AirflowTaskTimeout, TaskDeferred
 from airflow.triggers.base import TaskSuccessEvent
 
@@ -18,7 +19,7 @@ from airflow_mlops import storage
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, TrainingError
 from airflow_mlops.hooks.ray import RayJobsHook
 from airflow_mlops.hooks.ray_serve import RayServeHook
-from airflow_mlops.links import RAY_ATTEMPT, MlflowRunLink, RayDashboardLink, ReportLink
+from airflow_mlops.links import RAY_ATTEMPT, GrafanaLink, MlflowRunLink, RayDashboardLink, ReportLink
 from airflow_mlops.operators.ray import RayTrainOperator
 from airflow_mlops.training.result import TrainingResult, write_result
 from airflow_mlops.training.runs import begin_attempt
@@ -603,6 +604,49 @@ def test_links_come_from_xcom_alone(monkeypatch):
         "http://mlflow/#/x",
         "file:///reports/a.html",
     ]
+
+
+def test_a_loop_that_reports_its_mlflow_run_is_linked_to_it(monkeypatch):
+    store = {"return_value": {"metrics": {"auc": 0.7, "mlflow_url": "http://mlflow/#/experiments/1/runs/2"}}}
+    monkeypatch.setattr("airflow_mlops.links.XCom.get_value", lambda *, ti_key, key: store.get(key))
+    assert MlflowRunLink().get_link(None, ti_key=None) == "http://mlflow/#/experiments/1/runs/2"
+    store["return_value"]["mlflow_url"] = "http://mlflow/#/of-the-result"
+    assert MlflowRunLink().get_link(None, ti_key=None) == "http://mlflow/#/of-the-result"
+    store["mlflow_url"] = "http://mlflow/#/pushed"
+    assert MlflowRunLink().get_link(None, ti_key=None) == "http://mlflow/#/pushed"
+
+
+def linked(monkeypatch, tmp_path) -> list[str]:
+    """The links to Ray and Grafana of a task that has run, and the attempt they are made of."""
+    task = Task()
+    run(operator(tmp_path), task)
+    monkeypatch.setattr("airflow_mlops.links.XCom.get_value", lambda *, ti_key, key: task.pushed.get(key))
+    return [link.get_link(None, ti_key=None) for link in (RayDashboardLink(), GrafanaLink())]
+
+
+def test_the_address_of_grafana_is_configured(ray, tmp_path, monkeypatch):
+    ray.play = finishes
+    job = f"{ray.address}/#/jobs/{{}}"
+    dashboard, grafana = linked(monkeypatch, tmp_path / "without")
+    assert dashboard == job.format(ray.submitted[0]["submission_id"]) and grafana == ""
+    pattern = "https://grafana.example.com/d/ray?job={submission_id}&attempt={attempt}&run={run_dir}"
+    monkeypatch.setenv("AIRFLOW__MLOPS__GRAFANA_URL", pattern)
+    # A cluster that is there says its own address.
+    monkeypatch.setenv("AIRFLOW__MLOPS__RAY_DASHBOARD_URL", "https://ray.example.com/{submission_id}")
+    dashboard, grafana = linked(monkeypatch, tmp_path / "with")
+    name = ray.submitted[1]["submission_id"]
+    assert dashboard == job.format(name)
+    assert grafana == pattern.format(submission_id=name, attempt=1, run_dir=tmp_path / "with" / "r1")
+
+
+@pytest.mark.parametrize("pattern", ["https://grafana/{job}", "https://grafana/{", "https://grafana/{0}"])
+def test_a_malformed_address_only_warns(ray, tmp_path, monkeypatch, pattern):
+    ray.play = finishes
+    monkeypatch.setenv("AIRFLOW__MLOPS__GRAFANA_URL", pattern)
+    with structlog.testing.capture_logs() as logged:
+        assert linked(monkeypatch, tmp_path)[1] == ""
+    (warned,) = [entry["event"] for entry in logged if entry["log_level"] == "warning"]
+    assert f"[mlops] grafana_url is {pattern!r}" in warned and "it may name namespace" in warned
 
 
 def test_decorated_loop_travels_by_value(ray, tmp_path):
