@@ -9,9 +9,9 @@ import argparse
 import json
 import pathlib
 
-from tests.bench import imports, month, overhead
+from tests.bench import imports, month, overhead, waiting
 
-PARTS = {"imports": imports, "overhead": overhead, "month": month}
+PARTS = {"imports": imports, "waiting": waiting, "overhead": overhead, "month": month}
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ def _operator(storage: str, run_key: str, command: str, interval: float) -> tupl
     return begin, end
 
 
-def _plain(client: Any, entrypoint: str, runtime_env: dict[str, Any]) -> tuple[str, float, float]:
+def _plain(client: Any, entrypoint: str, runtime_env: dict[str, Any] | None) -> tuple[str, float, float]:
     async def follow(name: str) -> None:
         async for _ in client.tail_job_logs(name):
             pass
