@@ -16,7 +16,7 @@ from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError,
 from airflow_mlops.rollout.judge import PROMOTE, PROMOTE_STEP, ROLLBACK, Judge, Verdict
 from airflow_mlops.rollout.observation import Observation
 from airflow_mlops.rollout.policy import Guardrail, RolloutPolicy, parse_guardrails
-from airflow_mlops.rollout.targets.book import SLOTS
+from airflow_mlops.rollout.targets.book import ENDED, SLOTS
 from airflow_mlops.rollout.targets.client import Route
 
 OnLook = Callable[[Verdict], None]
@@ -129,9 +129,7 @@ async def run_rollout(
     while True:
         state = await _look(route)
         if not isinstance(state, str) and not _holds(state, spec):
-            raise ConcurrentChangeError(
-                f"the rollout {spec.owner} was ended from outside: its task was killed, or another one took the route"
-            )
+            raise ConcurrentChangeError(ENDED.format(spec.owner))
         observation = Observation(clock(), problem=state) if isinstance(state, str) else observation_of(state)
         verdict = judge.observe(observation)
         on_look(verdict)
@@ -152,14 +150,10 @@ async def run_rollout(
             return result
         annotation = {**saved, "judge": judge.state(), "steps": steps}
         try:
-            if isinstance(state, str):
-                await route.claim(spec.owner, spec.ttl)
-            elif verdict.decision == PROMOTE_STEP or state["configured_weight"] != judge.weight:
-                await route.claim(spec.owner, spec.ttl)
-                await route.set_router(weight=float(judge.weight), rollout=annotation)
-            elif state["owner"] is None:
-                await route.claim(spec.owner, spec.ttl)
             await route.renew(spec.owner, spec.ttl, annotation)
+            if not isinstance(state, str) and state["configured_weight"] != judge.weight:
+                await route.set_router(weight=float(judge.weight), rollout=annotation)
+                await route.renew(spec.owner, spec.ttl, annotation)
         except ExternalSystemError:
             # The next look sees the same trouble and holds; the route's own lease ends the canary meanwhile.
             if await _vanished(route):

@@ -18,6 +18,7 @@ from airflow_mlops.rollout.observation import BUCKET_EDGES, MOMENTS
 
 SLOTS = ("a", "b")
 LOSS_CLIP = 1e-6
+ENDED = "the rollout {} was ended from outside: its task was killed, or another one took the route"
 
 
 def new_counters() -> dict[str, Any]:
@@ -61,13 +62,17 @@ class Book:
         self._key: tuple[Any, ...] = ()
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """Take the desired state: ``stable`` and ``canary`` slot, ``weight`` in percent, ``versions``, ``rollout``."""
+        """Take the desired state.
+
+        :param config: ``stable`` and ``canary`` slot, ``weight`` in percent, ``versions``, ``rollout``, and the
+            ``revision`` that tells who changed it last that the change has arrived
+        """
         self.config = dict(config)
         self.stopped = False
         rollout = config.get("rollout") or {}
         if not self.owner or rollout.get("owner") != self.annotation.get("owner") or rollout.get("finished"):
             self.annotation = dict(rollout)
-        if rollout.get("finished"):
+        if rollout.get("finished") and rollout.get("owner") == self.owner:
             self.owner, self.lease_until = None, 0.0
 
     def weight(self, now: float) -> float:
@@ -141,10 +146,10 @@ class Book:
     def change(self, request: Mapping[str, Any], now: float) -> None:
         """``{"action": "claim" | "renew" | "stop", "owner", "ttl", "annotation"}``.
 
-        ``claim`` takes the route for one rollout, ``renew`` prolongs the lease and stores the rollout's state,
-        ``stop`` gives all traffic to stable at once and frees the route.
+        ``claim`` takes the route for one rollout, ``renew`` prolongs the lease and stores the rollout's state, also
+        after the router was restarted; ``stop`` gives all traffic to stable at once and frees the route.
 
-        :raises ConcurrentChangeError: another rollout holds the route
+        :raises ConcurrentChangeError: another rollout holds the route, or the one to renew was ended
         """
         action, owner = request.get("action"), request.get("owner")
         if action not in ("claim", "renew", "stop") or not isinstance(owner, str) or not owner:
@@ -157,8 +162,8 @@ class Book:
         if action == "stop":
             self.stopped, self.owner, self.lease_until, self.annotation = True, None, 0.0, {}
             return
-        if action == "renew" and self.owner != owner:
-            raise ConcurrentChangeError(f"{owner} does not hold this route (any more); claim it first")
+        if action == "renew" and (self.owner or self.annotation.get("owner")) != owner:
+            raise ConcurrentChangeError(ENDED.format(owner))
         annotation = request.get("annotation")
         if annotation is not None:
             attempts = [int(each.get("attempt", 1)) for each in (annotation, self.annotation)]
@@ -177,6 +182,7 @@ class Book:
             "epoch": self.epoch,
             "weight": weight,
             "configured_weight": float(self.config.get("weight") or 0.0),
+            "revision": self.config.get("revision", 0),
             "stable": self.config.get("stable"),
             "canary": self.config.get("canary"),
             "versions": {slot: versions.get(slot) for slot in SLOTS},

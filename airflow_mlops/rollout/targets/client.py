@@ -186,6 +186,7 @@ class Route:
             router["token_sha256"] = hashlib.sha256(self.client.token.encode()).hexdigest()
         environment = copy.deepcopy(self.runtime_env)
         environment["env_vars"] = {"OMP_NUM_THREADS": "1", **environment.get("env_vars", {})}
+        first = {"version": version, "uri": uri, "revision": 0}
         await self.client.put_application(
             {
                 "name": self.name,
@@ -196,12 +197,12 @@ class Route:
                 "logging_config": {"enable_access_log": False},
                 "deployments": [
                     {"name": "router", "user_config": router},
-                    {"name": "slot_a", "user_config": {"version": version, "uri": uri}},
-                    {"name": "slot_b", "user_config": {"version": None, "uri": None}},
+                    {"name": "slot_a", "user_config": first},
+                    {"name": "slot_b", "user_config": {"version": None, "uri": None, "revision": 0}},
                 ],
             }
         )
-        return await self.until(lambda state: self._loaded(state, "a", version), self.startup_timeout, "deployed")
+        return await self.until(lambda state: self._loaded(state, "a", first), self.startup_timeout, "deployed")
 
     async def config(self) -> dict[str, dict[str, Any]] | None:
         """User configuration by deployment (``router``, ``slot_a``, ``slot_b``); ``None`` when not deployed."""
@@ -216,36 +217,38 @@ class Route:
 
         :raises InvalidInputError: the model cannot be loaded
         """
-        await self._update({f"slot_{slot}": {"version": version, "uri": uri}})
-        return await self.until(lambda state: self._loaded(state, slot, version, uri), self.load_timeout, "loaded")
+        name = f"slot_{slot}"
+        wanted = (await self._update({name: {"version": version, "uri": uri}}))[name]
+        return await self.until(lambda state: self._loaded(state, slot, wanted), self.load_timeout, "loaded")
 
     async def set_router(self, **changes: Any) -> dict[str, Any]:
-        """Change the router's configuration, e.g. ``weight=10.0``; returns the state once the router has it."""
-        await self._update({"router": changes})
-        wanted = {key: value for key, value in changes.items() if key in ("stable", "canary", "versions")}
-        if "weight" in changes:
-            wanted["configured_weight"] = changes["weight"]
-        return await self.until(
-            lambda state: all(state.get(key) == value for key, value in wanted.items()), self.load_timeout, "changed"
-        )
+        """Change the router's configuration, e.g. ``weight=10.0``; returns the state once the router has it.
 
-    async def _update(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        Serve passes a configuration on some time after it has taken it.
+        """
+        router = (await self._update({"router": changes}))["router"]
+        return await self.until(lambda state: state["revision"] >= router["revision"], self.load_timeout, "changed")
+
+    async def _update(self, changes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Merge changes into the deployments' user configurations; returns the new ones."""
         application = await self.client.application(self.name)
         if application is None:
             raise ExternalSystemError(f"the route {self.name} is gone from Ray Serve; a retry deploys it again")
         config = copy.deepcopy(application["deployed_app_config"])
         for item in config["deployments"]:
             if item["name"] in changes:
-                item["user_config"] = {**(item.get("user_config") or {}), **changes[item["name"]]}
+                old = item.get("user_config") or {}
+                item["user_config"] = {**old, **changes[item["name"]], "revision": old.get("revision", 0) + 1}
         await self.client.put_application(config)
+        return {item["name"]: item["user_config"] for item in config["deployments"] if item["name"] in changes}
 
     @staticmethod
-    def _loaded(state: Mapping[str, Any], slot: str, version: str, uri: str | None = None) -> bool:
+    def _loaded(state: Mapping[str, Any], slot: str, wanted: Mapping[str, Any]) -> bool:
         held = state["slots"][slot]
-        if held["version"] != version or (uri is not None and held["uri"] != uri):
+        if held["revision"] < wanted["revision"] or held["version"] != wanted["version"]:
             return False
         if held["error"] and not held["ready"]:
-            raise InvalidInputError(f"version {version} cannot be loaded from {held['uri']}: {held['error']}")
+            raise InvalidInputError(f"version {held['version']} cannot be loaded from {held['uri']}: {held['error']}")
         return bool(held["ready"])
 
     async def until(self, reached: Any, timeout: float, what: str) -> dict[str, Any]:

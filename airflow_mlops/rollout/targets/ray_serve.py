@@ -48,9 +48,11 @@ class Slot:
     def reconfigure(self, config: dict[str, Any]) -> None:
         """Load ``config["uri"]``, unless it is what is loaded."""
         config = dict(config or {})
-        if config == self._config and self._error is None:
+        same = all(config.get(key) == self._config.get(key) for key in ("version", "uri"))
+        self._config = config
+        if same and self._error is None:
             return
-        self._config, self._model, self._error = config, None, None
+        self._model, self._error = None, None
         if not config.get("uri"):
             return
         try:
@@ -62,10 +64,11 @@ class Slot:
             self._error = f"{type(error).__name__}: {error}"[:2000]
 
     def describe(self) -> dict[str, Any]:
-        """Version, URI, readiness and, when the model could not be loaded, why."""
+        """Version, URI, readiness and, when the model could not be loaded, why; ``revision`` as for the router."""
         return {
             "version": self._config.get("version"),
             "uri": self._config.get("uri"),
+            "revision": self._config.get("revision", 0),
             "ready": self._model is not None,
             "error": self._error,
         }
@@ -204,7 +207,8 @@ class Router:
         try:
             return await asyncio.wait_for(self._slots[slot].describe.remote(), timeout=5)
         except Exception as error:
-            return {"version": None, "uri": None, "ready": False, "error": f"{type(error).__name__}: {error}"[:500]}
+            problem = f"{type(error).__name__}: {error}"[:500]
+            return {"version": None, "uri": None, "revision": -1, "ready": False, "error": problem}
 
     async def _metrics(self, request: Request) -> Response:
         return PlainTextResponse(self._book.prometheus(self._route))

@@ -46,6 +46,10 @@ def test_a_restarted_router_serves_stable_until_the_owner_is_back():
     assert made.state(2.0)["weight"] == 0.0
     made.change({"action": "claim", "owner": "me", "ttl": 60}, now=70.0)
     assert made.state(71.0)["weight"] == 50.0
+    again = Book()
+    again.configure({**CONFIG, "weight": 50.0})
+    again.change({"action": "renew", "owner": "me", "ttl": 60}, now=80.0)
+    assert again.state(81.0)["weight"] == 50.0
 
 
 def test_two_rollouts_refuse_each_other():
@@ -55,6 +59,12 @@ def test_two_rollouts_refuse_each_other():
     made.change({"action": "claim", "owner": "you", "ttl": 60}, now=61.0)
     with pytest.raises(ConcurrentChangeError):
         made.change({"action": "renew", "owner": "me", "ttl": 60}, now=62.0)
+
+
+def test_a_late_verdict_of_another_rollout_does_not_end_this_one():
+    made = book()
+    made.configure({**CONFIG, "rollout": {"owner": "you", "finished": {"verdict": "PROMOTE"}}})
+    made.change({"action": "renew", "owner": "me", "ttl": 60}, now=1.0)
 
 
 def test_an_earlier_attempt_does_not_write_over_a_later_one():
@@ -70,7 +80,7 @@ def test_stop_takes_effect_at_once_and_frees_the_route():
     made = book(100)
     made.change({"action": "stop", "owner": "me"}, now=1.0)
     assert made.route("x", 1.0) == "a" and made.state(1.0)["rollout"] == {}
-    with pytest.raises(ConcurrentChangeError, match="claim it first"):
+    with pytest.raises(ConcurrentChangeError, match="ended from outside"):
         made.change({"action": "renew", "owner": "me", "ttl": 60}, now=2.0)
 
 

@@ -39,6 +39,7 @@ class FakeServe:
         self.down = False
         self.traffic = 200
         self.sent = 0
+        self.lag = 0.0
 
     def lose(self) -> None:
         """What a new head knows of an old one: nothing."""
@@ -50,7 +51,12 @@ class FakeServe:
             self.configs = wanted
             for name, config in wanted.items():
                 assert config["import_path"] == IMPORT_PATH
-                self.books.setdefault(name, Book()).configure(self.part(name, "router"))
+                config = self.part(name, "router")
+                if name not in self.books:
+                    self.books[name] = Book()
+                    self.books[name].configure(config)
+                elif config != self.books[name].config:
+                    asyncio.get_running_loop().call_later(self.lag, self.books[name].configure, config)
         apps = {name: {"status": "RUNNING", "deployed_app_config": config} for name, config in self.configs.items()}
         return web.json_response({"applications": apps})
 
@@ -174,6 +180,26 @@ async def test_a_cleared_task_is_not_ended_by_the_kill_of_its_earlier_try(serve)
     assert await abort(serve.route, replace(SPEC, attempt=2)) is True
     with pytest.raises(ConcurrentChangeError):
         await asyncio.wait_for(second, 60)
+    assert (await serve.route.state())["weight"] == 0
+
+
+async def test_a_verdict_holds_before_the_next_rollout_begins_however_late_serve_passes_it_on(serve):
+    serve.fake.lag = 0.3
+    first = replace(SPEC, owner="dag/task/first/-1", version="1", stable_version="", stable_uri="")
+    assert (await run_rollout(serve.route, first))["verdict"] == "PROMOTE"
+    assert (await serve.route.state())["owner"] is None
+    assert (await run_rollout(serve.route, SPEC))["verdict"] == "PROMOTE"
+
+
+async def test_a_rollout_that_was_killed_between_two_calls_does_not_take_the_traffic_back(serve):
+    """The loop has looked and judged; then its task is killed, and only then it acts."""
+
+    def kill(verdict) -> None:
+        if verdict.look == 3:
+            serve.fake.books["m"].change({"action": "stop", "owner": SPEC.owner}, time.time())
+
+    with pytest.raises(ConcurrentChangeError, match="ended from outside"):
+        await run_rollout(serve.route, SPEC, kill)
     assert (await serve.route.state())["weight"] == 0
 
 

@@ -36,5 +36,5 @@ def test_a_model_in_a_format_of_its_own_is_loaded(slot, tmp_path):
     path = str(tmp_path / "boosted")
     mlflow.xgboost.save_model(booster, path, pip_requirements=["xgboost"])
     slot.reconfigure({"version": "2", "uri": path})
-    assert slot.describe() == {"version": "2", "uri": path, "ready": True, "error": None}
+    assert slot.describe() == {"version": "2", "uri": path, "revision": 0, "ready": True, "error": None}
     assert 0 < slot.predict([{"x": 0.5}])[0] < 1
