@@ -56,11 +56,9 @@ class RayJobHook(CustomResourceHook):
         :raises ExternalSystemError: pods of another attempt do not go
         """
         await self._end_others(spec, try_number, patience)
-        try:
-            await self.acreate(RAYJOB, dict(manifest))
+        if await self._created(manifest):
             return True
-        except AlreadyExists:
-            found = await self.aget(RAYJOB, submission_id_of(spec))
+        found = await self.aget(RAYJOB, submission_id_of(spec))
         if found is None:
             return False
         if (found["metadata"].get("labels") or {}).get(RUN_LABEL) != run_label(spec):
@@ -69,6 +67,21 @@ class RayJobHook(CustomResourceHook):
                 "namespace or run_key"
             )
         return await self.adopt(spec, try_number)
+
+    async def _created(self, manifest: Mapping[str, Any]) -> bool:
+        for _ in range(_RACES):
+            try:
+                await self.acreate(RAYJOB, dict(manifest))
+                return True
+            except AlreadyExists:
+                return False
+            except ConcurrentChangeError:
+                # The namespace's quota was changed in between, by whoever created something else.
+                await asyncio.sleep(self._look)
+        raise ExternalSystemError(
+            f"RayJob {manifest['metadata']['name']} was refused {_RACES} times because others change the namespace's "
+            "quota at the same time"
+        )
 
     async def adopt(self, spec: TrainingSpec, try_number: int) -> bool:
         """Note on the attempt's RayJob that this try follows it; False if it is gone or about to go.
@@ -91,10 +104,10 @@ class RayJobHook(CustomResourceHook):
         raise ExternalSystemError(f"RayJob {submission_id_of(spec)} changes too fast to be taken over")
 
     async def cancel(self, spec: TrainingSpec, try_number: int) -> bool:
-        """Delete the attempt's RayJob unless another try has taken it over; whether it was deleted."""
+        """Delete the attempt's RayJob unless a later try has taken it over; whether it was deleted."""
         for _ in range(_RACES):
             view = await self.view(spec)
-            if view is None or view.deleting or view.owner_try != try_number:
+            if view is None or view.deleting or view.owner_try is None or view.owner_try > try_number:
                 return False
             try:
                 return await self.adelete(RAYJOB, view.name, uid=view.uid, resource_version=view.resource_version)
@@ -162,9 +175,19 @@ class RayJobHook(CustomResourceHook):
         pod = await self._submitter(spec)
         return "" if pod is None else await self.apod_log(pod, tail=lines, container=SUBMITTER)
 
-    async def driver_log(self, spec: TrainingSpec, place: str | None) -> AsyncGenerator[tuple[str, str], None]:
-        """The driver's log as its submitter has it, from ``place`` on: each line with the place behind it."""
-        while (pod := await self._submitter(spec)) is None:
+    async def driver_log(
+        self, spec: TrainingSpec, place: str | None, over: asyncio.Event
+    ) -> AsyncGenerator[tuple[str, str], None]:
+        """The driver's log as its submitter has it, from ``place`` on: each line with the place behind it.
+
+        :param over: set when the attempt is over; who has no submitter then gets none
+        """
+        while True:
+            last = over.is_set()
+            if (pod := await self._submitter(spec)) is not None:
+                break
+            if last:
+                return
             await asyncio.sleep(self._look)
         since = None
         if place and place.partition(" ")[0] == pod:

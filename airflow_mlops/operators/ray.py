@@ -34,6 +34,7 @@ from airflow_mlops.training.runs import begin_attempt, open_run, wipe_run
 from airflow_mlops.training.spec import TrainingSpec, run_key_of, submission_id_of, whole, worker_count
 
 if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
 
     from airflow_mlops.training.cluster import KubeCluster
@@ -235,6 +236,7 @@ class RayTrainOperator(BaseOperator):
         self._runner: Runner | None = None
         self._current: TrainingSpec | None = None
         self._killed = False
+        self._trained: dict[str, Any] | None = None
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Train, or return what is trained already."""
@@ -242,10 +244,13 @@ class RayTrainOperator(BaseOperator):
             limits = self._limits()
             spec = self._spec(context)
             plan = open_run(spec, _truth("fresh", self.fresh))
+            runner = self._make_runner(context, limits)
             if plan.finished is not None:
                 self.log.info("the run in %s is finished: nothing to train", spec.run_dir)
+                # The try that trained it may have been lost before it gave back what it held.
+                for attempt in range(plan.finished.attempt, plan.previous + 1):
+                    runner.close(spec.with_attempt(attempt), failed=False)
                 return self._outcome(spec, plan.finished)
-            runner = self._make_runner(context, limits)
             spec = runner.fitted(spec)
             limits.validate(_gpus(spec))
             previous = spec.with_attempt(max(plan.previous, 1))
@@ -560,7 +565,14 @@ class RayTrainOperator(BaseOperator):
             "trained in %.1f s by attempt %d: %s", result.usage.wall_seconds, result.attempt, value["metrics"]
         )
         self.log.info("seconds of the last attempt by phase: %s", result.to_json()["seconds"])
+        self._trained = value
         return value
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+        """What the training read, wrote and consumed; asked by the OpenLineage provider where it is installed."""
+        from airflow_mlops.operators._lineage import lineage_of
+
+        return lineage_of(self.config, self._trained)
 
     def _error(self, action: Action, spec: TrainingSpec, result: TrainingResult | None) -> Exception:
         tail = self._must_run.tail(spec)

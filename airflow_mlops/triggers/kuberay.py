@@ -177,10 +177,13 @@ class RayJobResourceTrigger(BaseTrigger):
             if self.logs != "off" and spec is not None:
                 await self._show_tail(hook, spec)
             return
-        relay = LogRelay(spec, self._on_line)
-        following = asyncio.create_task(relay.follow(lambda place: hook.driver_log(spec, place)), name="driver's log")
+        relay, over = LogRelay(spec, self._on_line), asyncio.Event()
+        following = asyncio.create_task(
+            relay.follow(lambda place: hook.driver_log(spec, place, over)), name="driver's log"
+        )
         try:
             yield
+            over.set()
             await asyncio.wait({following}, timeout=DRAIN)
         finally:
             following.cancel()

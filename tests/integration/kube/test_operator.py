@@ -6,66 +6,17 @@ import asyncio
 import json
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from airflow.triggers.base import TaskSuccessEvent
 from support.kube_sim import RayJobSimulator, Stop
+from support.kube_training import STEPS, Task, fails, operator, steps, train, until
 
-from airflow_mlops import storage
 from airflow_mlops.exceptions import AttemptsExhaustedError, ExternalSystemError, TrainingError
 from airflow_mlops.operators.ray import RayTrainOperator
-from airflow_mlops.training.fence import Fence
-from airflow_mlops.training.result import TrainingResult, Usage, write_result
-from airflow_mlops.training.spec import TrainingSpec
 from airflow_mlops.triggers.kuberay import RayJobResourceTrigger
-
-STEPS = 20
-
-
-class Task:
-    """What the operator uses of a task instance."""
-
-    dag_id, task_id, run_id, map_index = "dag", "train", "run-1", -1
-
-    def __init__(self, try_number: int = 1) -> None:
-        self.try_number = try_number
-        self.pushed: dict[str, Any] = {}
-
-    def xcom_push(self, key: str, value: object) -> None:
-        self.pushed[key] = value
-
-
-def spec_of(rayjob: dict[str, Any]) -> TrainingSpec:
-    return TrainingSpec.from_json(storage.read_json(rayjob["spec"]["entrypoint"].split("--spec ")[1].strip("'")))
-
-
-def train(rayjob: dict[str, Any], stop: Stop) -> int:
-    """A training of some steps that commits each, in the run directory as the driver would keep it."""
-    spec = spec_of(rayjob)
-    steps = Path(storage.local_path(spec.run_dir)) / "step"
-    with Fence(spec, Usage, on_lost=lambda: None, patience=5.0):
-        begin = int(steps.read_text()) if steps.exists() else 0
-        stop.log(f"begins at {begin}")
-        for step in range(begin, STEPS):
-            if stop.is_set():
-                return 143
-            steps.write_text(str(step + 1))
-            stop.wait(0.005)
-        resumed = f"{spec.run_dir}/{begin}" if begin else None
-        result = TrainingResult("SUCCEEDED", spec.attempt, spec.fingerprint, metrics={"steps": STEPS}, model_uri="m")
-        write_result(spec, TrainingResult(**{**vars(result), "resumed_from": resumed}))
-    return 0
-
-
-def fails(rayjob: dict[str, Any], stop: Stop) -> int:
-    spec = spec_of(rayjob)
-    stop.log("ValueError: bad label")
-    error = "ValueError: bad label"
-    write_result(spec, TrainingResult("FAILED", spec.attempt, spec.fingerprint, exit_class="app", error=error))
-    return 1
 
 
 @pytest.fixture
@@ -77,30 +28,6 @@ def kuberay(kube_api, kubeconfig, monkeypatch):
     monkeypatch.setattr("airflow_mlops.operators._kuberay.MARGIN", 1e6)
     with RayJobSimulator(kube_api, scale=0.005, script=train) as simulator:
         yield simulator
-
-
-def operator(tmp_path: Path, **changes: Any) -> RayTrainOperator:
-    mount = {"name": "runs", "mountPath": str(tmp_path)}
-    volume = {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}}
-    pods = {
-        role: {"spec": {"containers": [{"name": f"ray-{role}", "volumeMounts": [mount]}], "volumes": [volume]}}
-        for role in ("head", "worker")
-    }
-    cluster = {"image": "example.com/train:ray2.60.0", "ray_version": "2.60.0", "pod_template_overrides": pods}
-    values = {
-        "task_id": "train",
-        "mode": "kuberay",
-        "train_fn": "pkg.mod:loop",
-        "trainer": "torch",
-        "storage_path": str(tmp_path),
-        "run_key": "r1",
-        "k8s_conn_id": "kuberay",
-        "cluster": {**cluster, **changes.pop("cluster", {})},
-        "poll_interval": 0.1,
-        "unreachable_timeout": 5.0,
-        "fence_timeout": 1.0,
-    }
-    return RayTrainOperator(**{**values, **changes})
 
 
 def run(op: RayTrainOperator, task: Task) -> dict[str, Any]:
@@ -161,7 +88,7 @@ def test_a_lost_head_is_replaced_once_its_pods_are_gone(kuberay, kube_api, tmp_p
     kuberay.pods_linger(0.3)
 
     def kill() -> None:
-        until(lambda: kuberay.running_attempts() and steps(tmp_path) > 3)
+        until(lambda: kuberay.running_attempts() and steps(tmp_path / "r1") > 3)
         kuberay.kill_head(kuberay.started[0])
 
     killer = threading.Thread(target=kill)
@@ -186,7 +113,7 @@ def test_an_application_error_is_left_to_airflow_with_its_log(kuberay, kube_api,
 @waits
 def test_a_rayjob_that_somebody_deletes_is_stopped_for_good(kuberay, kube_api, tmp_path, deferrable):
     def delete() -> None:
-        until(lambda: kuberay.running_attempts())
+        until(lambda: kuberay.started)
         kube_api.delete("RayJob", "default", kuberay.started[0])
 
     killer = threading.Thread(target=delete)
@@ -235,7 +162,7 @@ def test_a_later_try_takes_the_attempt_over(kuberay, kube_api, tmp_path):
 def test_a_cleared_task_ends_its_attempt_and_the_next_try_goes_on(kuberay, kube_api, tmp_path):
     with pytest.raises(TaskDeferred) as cleared:
         operator(tmp_path, deferrable=True).execute({"ti": Task(1)})
-    until(lambda: kuberay.running_attempts() and steps(tmp_path) > 2)
+    until(lambda: kuberay.running_attempts() and steps(tmp_path / "r1") > 2)
     asyncio.run(cleared.value.trigger.on_kill())
     outcome = run(operator(tmp_path, deferrable=True), Task(2))
     assert outcome["attempts"] == 2 and outcome["resumed_from"]
@@ -281,15 +208,3 @@ def test_live_lines_come_once_over_a_restart_of_the_triggerer(kuberay, kube_api,
         asyncio.run(follow(0.6))
     assert isinstance(asyncio.run(follow(30)), TaskSuccessEvent)
     assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(60)]
-
-
-def until(probe: Any, timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not probe():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def steps(tmp_path: Path) -> int:
-    file = tmp_path / "r1" / "step"
-    return int(file.read_text() or 0) if file.exists() else 0
