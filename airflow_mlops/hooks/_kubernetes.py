@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ APPLY_PATCH = "application/apply-patch+yaml"
 # The server was busy or broken; the same request can succeed later.
 PASSING = (429, 500, 502, 503, 504)
 _TEXT = 1000
+# What the admission of ResourceQuota answers; the name of the quota follows.
+_QUOTA = re.compile(r"exceeded quota: ([^\s,]+)")
 
 
 class AlreadyExists(ConcurrentChangeError):
@@ -87,7 +90,6 @@ EVENT = Resource("", "v1", "events", "Event")
 # What an account needs for a training; the group, the resource (with its subresource) and the verbs.
 NEEDED_ACCESS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("ray.io", "rayjobs", ("create", "get", "list", "watch", "patch", "delete")),
-    ("ray.io", "rayclusters", ("get", "list")),
     ("", "pods", ("get", "list")),
     ("", "pods/log", ("get",)),
     ("", "events", ("list",)),
@@ -197,6 +199,7 @@ def checked(call: Call, answer: Answer) -> Answer:
     :raises InvalidInputError: the request, the account or the cluster must change first; the message says what
     :raises ConcurrentChangeError: 409
     :raises HistoryGone: 410
+    :raises ExternalSystemError: a quota of the namespace is used up
     :raises Unavailable: 429 or 5xx
     """
     if 200 <= answer.status < 300:
@@ -210,6 +213,11 @@ def checked(call: Call, answer: Answer) -> Answer:
             f"the Kubernetes API does not accept the account's credentials (HTTP 401): {told}. Renew the token or "
             "certificate of the connection's kubeconfig, or check the service account of the worker's pod"
         )
+    if code == 403 and (quota := _QUOTA.search(told)):
+        raise ExternalSystemError(
+            f"{refused}. The quota {quota[1]!r} of the namespace is used up: try again when something in it has ended, "
+            "or have it raised"
+        )
     if code == 403 and "cannot" in told:
         verb, _, rest = call.doing.partition(" ")
         raise InvalidInputError(
@@ -218,7 +226,8 @@ def checked(call: Call, answer: Answer) -> Answer:
     if code == 404 and _kind_unknown(answer):
         raise InvalidInputError(
             f"{refused}. The cluster does not serve {call.path.split('/namespaces/')[0]}: is its CRD installed "
-            "(for ray.io: KubeRay 1.1 or newer), and is this the right cluster?"
+            "(for ray.io: KubeRay 1.6 or newer; for kueue.x-k8s.io: a Kueue that serves v1beta2), and is this the "
+            "right cluster?"
         )
     if code == 409:
         raise ConcurrentChangeError(f"{refused}. Somebody changed it first: read it again and decide anew")
@@ -366,11 +375,10 @@ def delete(
     uid: str | None = None,
     resource_version: str | None = None,
     grace: int | None = None,
-    propagation: str = "Background",
 ) -> Steps:
     """Whether the object goes; False if it is gone already."""
     conditions = {"uid": uid, "resourceVersion": resource_version}
-    options: Object = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation}
+    options: Object = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
     if uid or resource_version:
         options["preconditions"] = {key: value for key, value in conditions.items() if value}
     if grace is not None:

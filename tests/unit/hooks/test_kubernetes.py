@@ -112,8 +112,7 @@ def test_what_another_try_made_is_not_ours(script):
             status(403, "Forbidden", 'User "u" cannot create resource "rayjobs"', name="a"),
             "lacks the verb 'create' on rayjobs in 'ml'",
         ),
-        (status(403, "Forbidden", "exceeded quota: count/rayjobs.ray.io", name="a"), "exceeded quota"),
-        (answer(404, "404 page not found\n"), "CRD installed"),
+        (answer(404, "404 page not found\n"), "CRD installed .*KubeRay 1.6 or newer"),
         (status(404, "NotFound", 'namespaces "ml" not found', name="ml", kind="namespaces"), 'namespaces "ml"'),
     ],
 )
@@ -121,8 +120,17 @@ def test_what_no_retry_mends_says_what_to_do(reply, words):
     with pytest.raises(InvalidInputError, match=words) as error:
         take(create(), reply)
     assert error.value.retryable is False
-    if "quota" in words:
-        assert "Role" not in str(error.value)
+
+
+def test_a_quota_that_is_used_up_may_have_room_later():
+    told = (
+        'rayjobs.ray.io "a" is forbidden: exceeded quota: team-quota, requested: count/rayjobs.ray.io=1, used: '
+        "count/rayjobs.ray.io=4, limited: count/rayjobs.ray.io=4; cannot be admitted"
+    )
+    with pytest.raises(ExternalSystemError, match=r"The quota 'team-quota' of the namespace is used up") as error:
+        take(create(), status(403, "Forbidden", told, name="a"))
+    assert error.value.retryable is not False and "limited: count/rayjobs.ray.io=4" in str(error.value)
+    assert "Role" not in str(error.value)
 
 
 def test_patience_ends():
