@@ -13,6 +13,9 @@ from airflow_mlops.training.fence import read_owner
 from airflow_mlops.training.result import TrainingResult, read_result
 from airflow_mlops.training.spec import TrainingSpec
 
+#: Which tries of which task trained with ``fresh`` here.
+_OPENED = "opened.json"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -30,14 +33,24 @@ class Plan:
     wipe: str | None
 
 
-def open_run(spec: TrainingSpec, fresh: bool = False) -> Plan:
+def open_run(spec: TrainingSpec, fresh: bool = False, opened_by: str | None = None) -> Plan:
     """Look into the run directory.
 
-    A finished run of the same train_fn, trainer and config is returned; with ``fresh`` it is trained again. An
-    unfinished one is resumed, ``fresh`` or not, or a retry would throw away what the first try has trained.
+    A finished run of the same train_fn, trainer and config is returned; with ``fresh`` it is trained again, unless an
+    earlier try of ``opened_by`` has trained it. An unfinished one is resumed, ``fresh`` or not, or a retry would throw
+    away what the first try has trained.
 
+    :param opened_by: names the task and its tries up to the next time it is cleared; with ``fresh`` it is written down,
+        here or, where the run must be removed first, by :func:`wipe_run`; None: not known, each try counts by itself
     :raises InvalidInputError: a file in the run directory is not what it should be
     """
+    plan = _plan(spec, fresh and (opened_by is None or _opened_by(spec) != opened_by))
+    if fresh and opened_by is not None and plan.wipe is None:
+        storage.write_json(spec.file(_OPENED), {"opened_by": opened_by})
+    return plan
+
+
+def _plan(spec: TrainingSpec, fresh: bool) -> Plan:
     result, last = read_result(spec), _last_attempt(spec)
     previous = int(last.get("attempt", 0))
     same = last.get("fingerprint") == spec.fingerprint
@@ -135,24 +148,35 @@ def _modified(fs: Any, entry: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def wipe_run(spec: TrainingSpec) -> None:
+def wipe_run(spec: TrainingSpec, opened_by: str | None = None) -> None:
     """Remove checkpoints, model and results of the run directory, keeping the count of attempts.
 
     The names of attempts must not be given out twice: a Ray cluster remembers them.
+
+    :param opened_by: for whom, see :func:`open_run`
     """
     import fsspec
 
     fs, path = fsspec.core.url_to_fs(spec.run_dir)
-    if not fs.exists(path):
-        return
-    keep = fsspec.core.url_to_fs(spec.file("attempt.json"))[1]
-    for entry in fs.ls(path, detail=False):
-        if entry.rstrip("/").endswith("/_mlops"):
-            for own in fs.ls(entry, detail=False):
-                if own != keep:
-                    fs.rm(own, recursive=True)
-        else:
-            fs.rm(entry, recursive=True)
+    if fs.exists(path):
+        keep, result = (fsspec.core.url_to_fs(spec.file(name))[1] for name in ("attempt.json", "result.json"))
+        own = fs.ls(storage.join(path, "_mlops"), detail=False) if fs.exists(storage.join(path, "_mlops")) else []
+        there = [entry for entry in fs.ls(path, detail=False) if not entry.rstrip("/").endswith("/_mlops")]
+        # The result last: while it is there a wipe that was cut short is done again.
+        for entry in sorted((*there, *own), key=lambda entry: entry == result):
+            if entry != keep:
+                fs.rm(entry, recursive=True)
+    if opened_by is not None:
+        storage.write_json(spec.file(_OPENED), {"opened_by": opened_by})
+
+
+def _opened_by(spec: TrainingSpec) -> str | None:
+    try:
+        return storage.read_json(spec.file(_OPENED)).get("opened_by")
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise InvalidInputError(f"{spec.file(_OPENED)} is damaged ({error}). {_REMEDY}") from error
 
 
 def committed_checkpoint(spec: TrainingSpec) -> str | None:

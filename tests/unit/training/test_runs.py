@@ -58,6 +58,54 @@ def test_finished_run_is_trained_again_only_if_fresh_or_changed(spec):
     assert open_run(replace(spec, num_workers=7)).finished
 
 
+def test_what_an_earlier_try_of_the_task_has_trained_is_not_trained_again(spec):
+    begin_attempt(spec)
+    succeed(spec)
+    assert open_run(spec, fresh=True, opened_by="task").wipe
+    wipe_run(spec, "task")
+    assert open_run(spec, fresh=True, opened_by="task").wipe is None
+    begin_attempt(spec.with_attempt(2))
+    result = succeed(spec.with_attempt(2))
+    # Its worker was lost here: a retry returns the result, and only a cleared task trains again.
+    plan = open_run(spec, fresh=True, opened_by="task")
+    assert (plan.finished, plan.wipe) == (result, None)
+    assert open_run(spec, fresh=True, opened_by="task cleared").wipe
+    assert open_run(spec, fresh=True).wipe
+
+
+def test_what_a_fresh_task_has_found_unfinished_and_finished_is_its_own(spec):
+    assert open_run(spec, fresh=True, opened_by="first").wipe is None
+    begin_attempt(spec)
+    assert open_run(spec, fresh=True, opened_by="second").adoptable
+    result = succeed(spec)
+    assert open_run(spec, fresh=True, opened_by="second").finished == result
+    assert open_run(spec, fresh=True, opened_by="first").wipe
+
+
+def test_wiping_that_was_cut_short_is_done_again(spec, monkeypatch):
+    begin_attempt(spec)
+    succeed(spec)
+    for name in ("a", "z"):
+        storage.write_json(storage.join(spec.run_dir, name), {})
+        storage.write_json(spec.file(name), {})
+    from fsspec.implementations.local import LocalFileSystem
+
+    remove, left = LocalFileSystem.rm, 4
+
+    def interrupted(self, path, **options):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        remove(self, path, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "rm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wipe_run(spec, "task")
+    assert open_run(spec, fresh=True, opened_by="task").wipe
+    assert not os.path.exists(spec.file("z")) and os.listdir(spec.run_dir) == ["_mlops"]
+
+
 def test_unfinished_run_is_resumed_even_if_fresh(spec):
     begin_attempt(spec.with_attempt(3))
     for fresh in (False, True):
@@ -80,6 +128,8 @@ def test_wiping_keeps_the_count_of_attempts_so_that_no_name_is_given_out_twice(s
     assert os.listdir(spec.run_dir) == ["_mlops"]
     assert os.listdir(spec.file()) == ["attempt.json"]
     assert open_run(spec).previous == 4
+    wipe_run(replace(spec, run_key="never-used"))
+    assert not os.path.exists(replace(spec, run_key="never-used").run_dir)
 
 
 def test_damaged_files_are_named(spec):
@@ -89,6 +139,9 @@ def test_damaged_files_are_named(spec):
     storage.write_bytes(spec.file("result.json"), b"{}")
     with pytest.raises(InvalidInputError, match=r"result\.json is not a training result"):
         open_run(spec)
+    storage.write_bytes(spec.file("opened.json"), b"[]")
+    with pytest.raises(InvalidInputError, match=r"opened\.json is damaged"):
+        open_run(spec, fresh=True, opened_by="task")
 
 
 def test_storage_that_cannot_be_written_is_named(tmp_path):
