@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlops.exceptions import InvalidInputError, MlopsError
@@ -95,14 +95,14 @@ class KubeRayRunner:
         """Create the attempt's RayJob, or take over the one of that name; False if that one is over or going."""
         left = attempt_seconds(self._limits, times, time.time())
         startup = self._limits.startup_timeout
-        cluster = replace(self._cluster, startup_timeout=None if startup is None else startup + MARGIN)
         manifest = render_rayjob(
             spec,
-            cluster,
+            self._cluster,
             name=submission_id_of(spec),
             owner=self._owner,
             spec_uri=spec_uri,
             deadline_seconds=None if left is None else left + MARGIN,
+            startup_seconds=None if startup is None else startup + MARGIN,
         )
         started = self._run(lambda hook: hook.start(spec, manifest, self._owner.try_number, self._fence_timeout))
         return started and self.peek(spec).status not in FINAL

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import shlex
 import sys
 import threading
 import time
@@ -17,6 +15,7 @@ from urllib.parse import urlsplit
 from airflow_mlops.exceptions import ExternalSystemError, MlopsError
 from airflow_mlops.hooks.ray import LOG_TAIL, AccessRefusedError, RayJobsHook
 from airflow_mlops.training.decide import ACTIVE, FINAL, Observation, Patience
+from airflow_mlops.training.launch import driver_command, driver_env
 from airflow_mlops.training.limits import Breach, Limits, Times
 from airflow_mlops.training.local import LocalRunner
 from airflow_mlops.training.spec import TrainingSpec, submission_id_of
@@ -206,19 +205,15 @@ class JobsRunner:
 
     def start(self, spec: TrainingSpec, spec_uri: str, times: Times | None = None) -> bool:
         """Submit the attempt's driver; a job of its name is adopted, False if that is over already."""
-        threads = int((spec.resources_per_worker or {}).get("CPU", 1)) or 1
         env_vars = {
-            # Ray kills a stopped job after 3 s unless told otherwise, which is too soon for a checkpoint.
-            "RAY_JOB_STOP_WAIT_TIME_S": str(max(1, math.ceil(self._stop_timeout))),
-            "OMP_NUM_THREADS": str(threads),
-            "PYTHONUNBUFFERED": "1",
+            **driver_env(spec, self._stop_timeout),
             # A process less where nobody preempts the machine.
             **({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if self._on_this_machine else {}),
             **self._runtime_env.get("env_vars", {}),
         }
         created = self.hook.submit(
             submission_id_of(spec),
-            f"exec {shlex.quote(self._interpreter())} -m airflow_mlops.training --spec {shlex.quote(spec_uri)}",
+            driver_command(spec_uri, self._interpreter()),
             runtime_env={**self._runtime_env, "env_vars": env_vars},
             metadata={**self._metadata, "run_key": spec.run_key, "attempt": str(spec.attempt)},
             **self._resources,

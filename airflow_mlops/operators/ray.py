@@ -492,10 +492,8 @@ class RayTrainOperator(BaseOperator):
                 f'cluster is {self.cluster!r}; mode "kuberay" needs the cluster to make, for example '
                 '{"image": "registry/train:1.0", "gpu": {"kind": "full"}}'
             )
-        for name in ("startup_timeout", "attempt_timeout"):
-            if isinstance(self.cluster, Mapping) and name in self.cluster:
-                raise InvalidInputError(f"cluster has {name}; give {name} to the operator, which also names the cause")
-        cluster = replace(cluster, env={**cluster.env, **env_vars}, attempt_timeout=None)
+        cluster.validate()
+        cluster = replace(cluster, env={**cluster.env, **env_vars})
         cluster.validate()
         return cluster
 

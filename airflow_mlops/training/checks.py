@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ LABEL_VALUE = re.compile(r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")
 LABEL_KEY = re.compile(r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
 DNS_LABEL = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
 RAY_VERSION = re.compile(r"\d+\.\d+\.\d+")
+OBJECT_NAME = re.compile(r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_.-]*$")
 
 
@@ -69,6 +71,84 @@ def names_of(what: str, value: Any) -> Sequence[str]:
     """
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise InvalidInputError(f"{what} is {value!r}; expected a list of names")
+    return value
+
+
+def list_of_dicts(what: str, value: Any) -> Sequence[Mapping[str, Any]]:
+    """``value``, which must be a list of dicts.
+
+    :raises InvalidInputError: it is not
+    """
+    if not isinstance(value, list | tuple):
+        raise InvalidInputError(f"{what} is {value!r}; expected a list of dicts")
+    for index, item in enumerate(value):
+        mapping_of(f"{what}[{index}]", item)
+    return value
+
+
+def count(what: str, value: Any, at_least: int) -> int:
+    """``value``, which must be a whole number by its type.
+
+    :raises InvalidInputError: it is not, or less than ``at_least``
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise InvalidInputError(f"{what} is {value!r}; expected a whole number of at least {at_least}")
+    return value
+
+
+def text_of(what: str, value: Any, example: str) -> str:
+    """``value``, which must be a string and not empty.
+
+    :param example: of one, for the message
+    :raises InvalidInputError: it is not
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidInputError(f"{what} is {value!r} ({type(value).__name__}); expected a string such as {example!r}")
+    return value
+
+
+def name_of(what: str, value: Any, of: str) -> str:
+    """``value``, which must be the name of a Kubernetes object.
+
+    :param of: what kind of object, for the message
+    :raises InvalidInputError: it is not
+    """
+    if not isinstance(value, str) or not OBJECT_NAME.match(value):
+        raise InvalidInputError(
+            f"{what} is {value!r}; expected the name of a {of}: lower-case letters, digits, - and ."
+        )
+    return value
+
+
+def plain_values(what: str, value: Any) -> Mapping[str, Any]:
+    """``value``, which must be a dict of names and strings, numbers or booleans.
+
+    :raises InvalidInputError: it is not; names the entry
+    """
+    if isinstance(value, list | tuple) and any(isinstance(item, Mapping) and "name" in item for item in value):
+        raise InvalidInputError(
+            f'{what} is a list of name and value, as in a pod; expected a dict such as {{"NAME": "value"}}'
+        )
+    for name, item in mapping_of(what, value).items():
+        if not isinstance(name, str) or not isinstance(item, str | int | float):
+            raise InvalidInputError(
+                f"{what}[{name!r}] is a {type(item).__name__}; expected a name and a plain value: a string, a number "
+                "or a boolean"
+            )
+    return value
+
+
+def json_of(what: str, value: Any) -> Any:
+    """``value``, which must be of JSON's types, for it becomes part of a manifest.
+
+    :raises InvalidInputError: it is not
+    """
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"{what} cannot be written into a manifest ({error}); expected strings, numbers, booleans, lists and dicts"
+        ) from None
     return value
 
 

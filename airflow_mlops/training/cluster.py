@@ -18,12 +18,17 @@ from airflow_mlops.training.checks import (
     check_labels,
     check_python_version,
     check_ray_version,
+    count,
+    json_of,
     known_fields,
+    list_of_dicts,
     mapping_of,
+    name_of,
     names_of,
     one_of,
+    plain_values,
     quantity,
-    seconds,
+    text_of,
 )
 from airflow_mlops.training.overrides import (
     check_pod_override,
@@ -77,8 +82,6 @@ class KubeCluster:
     :param submission_mode: ``"K8sJobMode"``: a pod submits the driver; ``"HTTPMode"``: KubeRay does, for many at once
     :param submitter_backoff: times that the submitting pod is started again when it loses the log stream
     :param ttl_after_finished: seconds that a finished attempt's pods stay
-    :param startup_timeout: seconds until the driver must run; None: forever
-    :param attempt_timeout: seconds for one attempt; None: no limit of its own
     :param runtime_env: Ray runtime environment of the driver
     :param entrypoint_resources: ``{"cpu", "gpu", "resources": {...}}`` that the driver needs: it may leave the head
     :param ray_start_params: ``{"head" | "worker": {name: value}}`` of ``ray start``
@@ -113,8 +116,6 @@ class KubeCluster:
     submission_mode: str = "K8sJobMode"
     submitter_backoff: int = 10
     ttl_after_finished: int = 300
-    startup_timeout: float | None = 1200
-    attempt_timeout: float | None = None
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
     entrypoint_resources: Mapping[str, Any] = field(default_factory=dict)
     ray_start_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -130,6 +131,9 @@ class KubeCluster:
 
         :raises InvalidInputError: a field is unknown, missing or wrong
         """
+        for name in ("startup_timeout", "attempt_timeout"):
+            if name in mapping_of("cluster", value):
+                raise InvalidInputError(f"cluster has {name}; give {name} to the operator, which also names the cause")
         values = {name: item for name, item in known_fields("cluster", cls, value).items() if item is not None}
         for name in ("gpu", "gang", "spot", "autoscale", "rdma"):
             if values.get(name) is False:
@@ -139,11 +143,6 @@ class KubeCluster:
         for name in ("submitter_backoff", "ttl_after_finished", "workers_per_pod"):
             if name in values:
                 values[name] = whole(name, values[name], at_least=0)
-        for name in ("startup_timeout", "attempt_timeout"):
-            if isinstance(values.get(name), str):
-                values[name] = seconds(name, values[name])
-        if "startup_timeout" in value and value["startup_timeout"] is None:
-            values["startup_timeout"] = None
         if not values.get("image"):
             raise InvalidInputError("image is missing; give the image of head and workers, with Ray and airflow-mlops")
         cluster = cls(**values)
@@ -160,9 +159,15 @@ class KubeCluster:
         :raises InvalidInputError: names the field, what it must be and what to change
         """
         self._check_basics()
-        for part in (self.gpu, self.gang, self.spot, self.autoscale, self.rdma):
+        for name, kind in (("gpu", Gpu), ("gang", Gang), ("spot", Spot), ("autoscale", Autoscale), ("rdma", Rdma)):
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, kind):
+                raise InvalidInputError(
+                    f"{name} is {part!r}; expected {kind.__name__}(...), or give the whole cluster as a dict"
+                )
             if part is not None:
                 part.validate()
+        self._check_pods()
         self._check_resources()
         self._check_environment()
         self._check_overrides()
@@ -175,6 +180,10 @@ class KubeCluster:
     def _check_basics(self) -> None:
         if not isinstance(self.image, str) or not self.image or re.search(r"\s", self.image):
             raise InvalidInputError(f"image is {self.image!r}; expected the image of head and workers")
+        if self.ray_version is not None:
+            # 2.60 without quotes would be the number 2.6.
+            text_of("ray_version", self.ray_version, "2.60.0")
+        text_of("submission_mode", self.submission_mode, "K8sJobMode")
         if self.submission_mode in _REFUSED_MODES:
             raise InvalidInputError(
                 f"submission_mode {self.submission_mode!r} is not supported: {_REFUSED_MODES[self.submission_mode]}; "
@@ -183,18 +192,25 @@ class KubeCluster:
         one_of("submission_mode", self.submission_mode, SUBMISSION_MODES)
         if self.image_pull_policy is not None:
             one_of("image_pull_policy", self.image_pull_policy, ("Always", "IfNotPresent", "Never"))
-        if self.namespace is not None and not DNS_LABEL.match(self.namespace):
+        if self.namespace is not None and not (isinstance(self.namespace, str) and DNS_LABEL.match(self.namespace)):
             raise InvalidInputError(f"namespace is {self.namespace!r}; expected a DNS label of at most 63 characters")
-        whole("workers_per_pod", self.workers_per_pod, at_least=1)
-        whole("submitter_backoff", self.submitter_backoff, at_least=0)
-        whole("ttl_after_finished", self.ttl_after_finished, at_least=0)
-        for name in ("startup_timeout", "attempt_timeout"):
-            if getattr(self, name) is not None:
-                seconds(name, getattr(self, name))
+        count("workers_per_pod", self.workers_per_pod, at_least=1)
+        count("submitter_backoff", self.submitter_backoff, at_least=0)
+        count("ttl_after_finished", self.ttl_after_finished, at_least=0)
         for name in ("labels", "cost_tags", "node_selector"):
             check_labels(name, getattr(self, name))
         if not isinstance(self.suspend, bool):
             raise InvalidInputError(f"suspend is {self.suspend!r}; expected True or False")
+
+    def _check_pods(self) -> None:
+        for name, kind in (("service_account", "ServiceAccount"), ("auth_secret", "Secret")):
+            if getattr(self, name) is not None:
+                name_of(name, getattr(self, name), kind)
+        list_of_dicts("tolerations", self.tolerations)
+        mapping_of("affinity", self.affinity)
+        plain_values("annotations", self.annotations)
+        for name in ("tolerations", "affinity", "runtime_env", "pod_template_overrides", "job_overrides"):
+            json_of(name, getattr(self, name))
 
     def _check_resources(self) -> None:
         for what, resources in (("head_resources", self.head_resources), ("worker_resources", self.worker_resources)):
@@ -209,30 +225,38 @@ class KubeCluster:
             refuse_misspelt(what, resources, ("cpu", "memory", "ephemeral-storage"))
             if self.gpu and self.gpu.resource_name in resources:
                 raise InvalidInputError(f"{what} has {self.gpu.resource_name}, which gpu asks for already")
+        mapping_of("entrypoint_resources", self.entrypoint_resources)
         refuse_misspelt("entrypoint_resources", self.entrypoint_resources, ("cpu", "gpu", "resources"))
         if unknown := sorted(set(self.entrypoint_resources) - {"cpu", "gpu", "resources"}):
             raise InvalidInputError(f"entrypoint_resources has {', '.join(unknown)}; expected cpu, gpu, resources")
+        for name in {"cpu", "gpu"} & set(self.entrypoint_resources):
+            amount = self.entrypoint_resources[name]
+            if not isinstance(amount, int | float) or isinstance(amount, bool) or not 0 <= amount < math.inf:
+                raise InvalidInputError(f"entrypoint_resources[{name!r}] is {amount!r}; expected a number, 0 or more")
+        plain_values("entrypoint_resources['resources']", self.entrypoint_resources.get("resources") or {})
 
     def _check_environment(self) -> None:
-        for name, value in self.env.items():
-            if not ENV_NAME.match(str(name)) or value is None or isinstance(value, Mapping | list | tuple):
-                raise InvalidInputError(f"env[{name!r}] is a {type(value).__name__}; expected a name and a plain value")
+        mapping_of("runtime_env", self.runtime_env)
+        driver_env = dict(env_values(self.runtime_env))
+        for what, env in (("env", self.env), ("runtime_env['env_vars']", driver_env)):
+            if wrong := [name for name in plain_values(what, env) if not ENV_NAME.match(name)]:
+                raise InvalidInputError(f"{what} has {wrong[0]!r}; expected names of letters, digits and '_'")
         refuse_plain_secrets("env", self.env)
-        refuse_plain_secrets("runtime_env", dict(env_values(self.runtime_env)))
+        refuse_plain_secrets("runtime_env", driver_env)
         for name in ("env_from", "image_pull_secrets"):
             for secret in names_of(name, getattr(self, name)):
                 if not isinstance(secret, str) or not LABEL_KEY.match(secret):
                     raise InvalidInputError(f"{name} has {secret!r}; expected names of Kubernetes Secrets")
-        for role, parameters in self.ray_start_params.items():
+        for role, parameters in mapping_of("ray_start_params", self.ray_start_params).items():
             one_of("ray_start_params", role, ("head", "worker"))
-            if "redis-password" in mapping_of(f"ray_start_params[{role!r}]", parameters):
+            if "redis-password" in plain_values(f"ray_start_params[{role!r}]", parameters):
                 raise InvalidInputError(
                     "ray_start_params has redis-password in plain text; give gcsFaultToleranceOptions.redisPassword a "
                     "valueFrom by job_overrides['rayClusterSpec']"
                 )
 
     def _check_overrides(self) -> None:
-        for role, override in self.pod_template_overrides.items():
+        for role, override in mapping_of("pod_template_overrides", self.pod_template_overrides).items():
             one_of("pod_template_overrides", role, CONTAINERS)
             _check_template(f"pod_template_overrides[{role!r}]", override, CONTAINERS[role])
         if "submitter" in self.pod_template_overrides and self.submission_mode == "HTTPMode":
@@ -241,15 +265,19 @@ class KubeCluster:
         if owned := sorted(set(self.job_overrides) & OWN_JOB_FIELDS):
             raise InvalidInputError(f"job_overrides must leave {', '.join(owned)} alone: crash safety rests on them")
         refuse_misspelt("job_overrides", self.job_overrides, JOB_FIELDS)
+        mapping_of("job_overrides['deletionStrategy']", self.job_overrides.get("deletionStrategy") or {})
         what = "job_overrides['rayClusterSpec']"
-        ray = mapping_of(what, self.job_overrides.get("rayClusterSpec") or {})
+        ray = mapping_of(what, self.job_overrides.get("rayClusterSpec", {}))
         refuse_misspelt(what, ray, CLUSTER_FIELDS)
-        _check_template(f"{what}.headGroupSpec.template", (ray.get("headGroupSpec") or {}).get("template"), HEAD)
-        for index, group in enumerate(ray.get("workerGroupSpecs") or ()):
+        head = mapping_of(f"{what}.headGroupSpec", ray.get("headGroupSpec", {}))
+        template = f"{what}.headGroupSpec.template"
+        _check_template(template, mapping_of(template, head.get("template", {})), HEAD)
+        for index, group in enumerate(list_of_dicts(f"{what}.workerGroupSpecs", ray.get("workerGroupSpecs", []))):
             path = f"{what}.workerGroupSpecs[{index}]"
-            if not mapping_of(path, group).get("groupName"):
+            if not group.get("groupName"):
                 raise InvalidInputError(f"{path} has no groupName; this package's own group is {WORKER_GROUP!r}")
-            _check_template(f"{path}.template", group.get("template"), WORKER)
+            template = f"{path}.template"
+            _check_template(template, mapping_of(template, group.get("template", {})), WORKER)
 
     @property
     def deletion_rules(self) -> bool:
@@ -307,6 +335,7 @@ def fitted(spec: TrainingSpec, cluster: KubeCluster) -> TrainingSpec:
 
     :raises InvalidInputError: the pods cannot give what the spec asks for, which Ray would wait for without end
     """
+    spec = replace(spec, preemptible=cluster.spot is not None)
     spec.validate()
     wanted = dict(spec.resources_per_worker or {})
     if cluster.gpu is None and (spec.use_gpu or wanted.get("GPU")):
@@ -324,16 +353,11 @@ def fitted(spec: TrainingSpec, cluster: KubeCluster) -> TrainingSpec:
     _check_pod(wanted, cluster)
     if (spec.train_fn or "").startswith(PICKLED):
         check_python_version(cluster.image, sys.version_info[:2])
-    if cluster.spot and spec.max_failures == 0 and not spec.entrypoint:
-        raise InvalidInputError(
-            "max_failures is 0 with spot workers: the first preemption would end the training; set it to 1 or more"
-        )
     return replace(
         spec,
         use_gpu=cluster.gpu is not None,
         resources_per_worker=wanted or None,
         ray_address="auto",
-        preemptible=cluster.spot is not None,
         ray_version=check_ray_version(cluster.image, cluster.ray_version, spec.ray_version),
     )
 

@@ -8,9 +8,6 @@ from typing import Any
 
 from airflow_mlops.training.parts import Gang
 
-#: Seconds after the RayJob was created within which the promised scheduler must have acted.
-PREFLIGHT_SECONDS = 60.0
-
 #: ``schedulerName`` of the pods that each scheduler takes.
 SCHEDULER_NAMES = {"volcano": "volcano", "yunikorn": "yunikorn", "kai": "kai-scheduler"}
 
@@ -36,8 +33,8 @@ def preflight(
     """Whether the promised scheduler acts on the attempt: None if it does, else what is missing.
 
     A label alone does nothing where the scheduler is not installed, or KubeRay was started without it
-    (``batchScheduler``): the pods would be scheduled one by one, and a gang would be none. To be asked again until
-    :data:`PREFLIGHT_SECONDS` have passed since the RayJob was created.
+    (``batchScheduler``): the pods would be scheduled one by one, and a gang would be none. To be asked when
+    it has had time to act.
 
     :param pods: of the attempt
     :param pod_groups: Volcano's of the attempt (``ray-<RayJob>-pg``)

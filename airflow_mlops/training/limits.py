@@ -325,6 +325,22 @@ def estimate_usage(spec: TrainingSpec, times: Times, now: float) -> Usage:
     return replace(told.usage, gpu_seconds=round(told.gpu_seconds(now), 3))
 
 
+def consumed(
+    spec: TrainingSpec, times: Times, result: TrainingResult | None, now: float, price_per_gpu_hour: float | None = None
+) -> str:
+    """What a run has consumed when attempt ``spec.attempt`` fails, in a sentence; empty if it used no GPU.
+
+    :param result: what the run directory holds: the attempt's own tells exactly, otherwise it is an estimate
+    :param price_per_gpu_hour: in any currency; None: not known
+    """
+    known = result is not None and result.attempt == spec.attempt
+    usage = result.usage if known and result is not None else estimate_usage(spec, times, now)
+    if usage.gpu_seconds <= 0:
+        return ""
+    cost = "" if price_per_gpu_hour is None else f", which cost {usage.gpu_seconds / HOUR * price_per_gpu_hour:.2f}"
+    return f"The run has used {'' if known else 'about '}{usage.gpu_seconds:.0f} GPU-seconds{cost}."
+
+
 class _End(NamedTuple):
     at: float
     breach: Breach

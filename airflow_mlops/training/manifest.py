@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,8 @@ from airflow_mlops.training.cluster import (
     fitted,
     room,
 )
-from airflow_mlops.training.overrides import merged
+from airflow_mlops.training.launch import driver_command, driver_env
+from airflow_mlops.training.overrides import env_values, merged
 from airflow_mlops.training.parts import Gang
 from airflow_mlops.training.rayjob import ATTEMPT_LABEL, KUEUE_QUEUE_LABEL, OWNER_TRY_ANNOTATION
 from airflow_mlops.training.spec import TrainingSpec
@@ -88,6 +88,7 @@ def render_rayjob(
     spec_uri: str | None = None,
     entrypoint: str | None = None,
     deadline_seconds: float | None = None,
+    startup_seconds: float | None = None,
 ) -> dict[str, Any]:
     """The RayJob of attempt ``spec.attempt``, ready to be created with strict field validation.
 
@@ -100,7 +101,8 @@ def render_rayjob(
     :param owner: the task
     :param spec_uri: where the driver finds its spec
     :param entrypoint: command to run instead of the driver
-    :param deadline_seconds: KubeRay ends the attempt after that many; ``attempt_timeout`` if that is less
+    :param deadline_seconds: KubeRay ends the attempt after that many; None: never
+    :param startup_seconds: KubeRay ends the attempt if the driver does not run after that many; None: never
     :raises InvalidInputError: something in it cannot work; the message says what to change
     """
     if len(name) > NAME_LENGTH or not _NAME.match(name):
@@ -111,7 +113,8 @@ def render_rayjob(
     cluster.validate()
     spec = fitted(spec, cluster)
     check_storage(spec, cluster)
-    labels = {**cluster.labels, **_identity(spec, cluster, owner)}
+    identity = _identity(spec, owner)
+    labels = {**cluster.labels, **cluster.cost_tags, **identity}
     job: dict[str, Any] = {
         "apiVersion": API_VERSION,
         "kind": KIND,
@@ -137,7 +140,7 @@ def render_rayjob(
                 "run_key": spec.run_key,
                 "attempt": str(spec.attempt),
             },
-            **_lifetime(cluster, deadline_seconds),
+            **_lifetime(cluster, deadline_seconds, startup_seconds),
             **_entrypoint_resources(cluster),
             "rayClusterSpec": _cluster_spec(spec, cluster, labels),
         },
@@ -148,6 +151,7 @@ def render_rayjob(
     if cluster.gang is not None:
         _add_gang(job, cluster, cluster.gang)
     job["spec"] = merged(job["spec"], cluster.job_overrides)
+    _identify(job["spec"], {**cluster.labels, **cluster.cost_tags}, identity)
     return job
 
 
@@ -174,13 +178,11 @@ def label_value(text: str) -> str:
 def _command(spec_uri: str | None, entrypoint: str | None) -> str:
     if (spec_uri is None) == (entrypoint is None):
         raise InvalidInputError("give either spec_uri or entrypoint")
-    # exec: what Ray stops is the driver itself, not a shell around it.
-    return entrypoint or f"exec python -m airflow_mlops.training --spec {shlex.quote(str(spec_uri))}"
+    return entrypoint or driver_command(str(spec_uri))
 
 
-def _identity(spec: TrainingSpec, cluster: KubeCluster, owner: Owner) -> dict[str, str]:
+def _identity(spec: TrainingSpec, owner: Owner) -> dict[str, str]:
     return {
-        **cluster.cost_tags,
         **owner.labels,
         MANAGED_BY_LABEL: MANAGED_BY,
         RUN_LABEL: run_label(spec),
@@ -188,15 +190,25 @@ def _identity(spec: TrainingSpec, cluster: KubeCluster, owner: Owner) -> dict[st
     }
 
 
-def _lifetime(cluster: KubeCluster, deadline_seconds: float | None) -> dict[str, Any]:
-    limits = [limit for limit in (cluster.attempt_timeout, deadline_seconds) if limit is not None]
+def _identify(job: dict[str, Any], given: Mapping[str, str], identity: Mapping[str, str]) -> None:
+    """Label every pod template, whatever was merged into it: an attempt is over when no pod with its labels is left."""
+    ray = job["rayClusterSpec"]
+    templates = [group.setdefault("template", {}) for group in (ray["headGroupSpec"], *ray["workerGroupSpecs"])]
+    if "submitterPodTemplate" in job:
+        templates.append(job["submitterPodTemplate"])
+    for template in templates:
+        metadata = template.setdefault("metadata", {})
+        metadata["labels"] = {**given, **metadata.get("labels", {}), **identity}
+
+
+def _lifetime(cluster: KubeCluster, deadline_seconds: float | None, startup_seconds: float | None) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if not cluster.deletion_rules:
         fields |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": cluster.ttl_after_finished}
-    if limits:
-        fields["activeDeadlineSeconds"] = max(1, math.ceil(min(limits)))
-    if cluster.startup_timeout is not None:
-        fields["preRunningDeadlineSeconds"] = max(1, math.ceil(cluster.startup_timeout))
+    if deadline_seconds is not None:
+        fields["activeDeadlineSeconds"] = max(1, math.ceil(deadline_seconds))
+    if startup_seconds is not None:
+        fields["preRunningDeadlineSeconds"] = max(1, math.ceil(startup_seconds))
     if cluster.suspend:
         fields["suspend"] = True
     return fields
@@ -213,17 +225,9 @@ def _entrypoint_resources(cluster: KubeCluster) -> dict[str, Any]:
 
 
 def _runtime_env(spec: TrainingSpec, cluster: KubeCluster) -> dict[str, Any]:
-    return {**cluster.runtime_env, "env_vars": {**_driver_env(spec), **cluster.runtime_env.get("env_vars", {})}}
-
-
-def _driver_env(spec: TrainingSpec) -> dict[str, str]:
-    threads = int((spec.resources_per_worker or {}).get("CPU", 1)) or 1
-    return {
-        # Ray kills a stopped job after 3 s unless told otherwise.
-        "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(spec.stop_timeout)),
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONUNBUFFERED": "1",
-    }
+    # Ray takes strings only.
+    given = {name: _text(value) for name, value in env_values(cluster.runtime_env)}
+    return {**cluster.runtime_env, "env_vars": {**driver_env(spec, spec.stop_timeout), **given}}
 
 
 def _cluster_spec(spec: TrainingSpec, cluster: KubeCluster, labels: Mapping[str, str]) -> dict[str, Any]:
@@ -289,7 +293,7 @@ def _pod(cluster: KubeCluster, container: dict[str, Any], labels: Mapping[str, s
 def _ray_container(
     spec: TrainingSpec, cluster: KubeCluster, name: str, resources: Mapping[str, Any], env: Mapping[str, str]
 ) -> dict[str, Any]:
-    values = {**_driver_env(spec), **env, **{key: _text(value) for key, value in cluster.env.items()}}
+    values = {**driver_env(spec, spec.stop_timeout), **env, **{key: _text(value) for key, value in cluster.env.items()}}
     container: dict[str, Any] = {
         "name": name,
         "env": [{"name": key, "value": value} for key, value in values.items()],

@@ -23,6 +23,8 @@ MERGE_KEYS: Mapping[str, str] = {
 #: Lists that grow; any other list is replaced.
 APPENDED = ("tolerations", "envFrom", "topologySpreadConstraints", "readinessGates", "schedulingGates", "add")
 
+_LISTS = frozenset((*MERGE_KEYS, *APPENDED)) - {"add", "workerGroupSpecs"}
+
 TEMPLATE_FIELDS = frozenset(("metadata", "spec"))
 METADATA_FIELDS = frozenset(("annotations", "labels", "finalizers", "name", "namespace"))
 POD_FIELDS = frozenset(
@@ -110,10 +112,11 @@ def check_pod_override(what: str, override: Any, container: str) -> None:
         raise InvalidInputError(f"{what} has unknown fields {', '.join(unknown)}; expected 'metadata' and 'spec'")
     refuse_misspelt(f"{what}.metadata", _mapping(f"{what}.metadata", template.get("metadata")), METADATA_FIELDS)
     refuse_misspelt(f"{what}.spec", spec, POD_FIELDS)
+    _check_lists(f"{what}.spec", spec)
     for field in ("containers", "initContainers"):
-        for index, item in enumerate(spec.get(field) or ()):
+        for index, entry in enumerate(spec.get(field) or ()):
             path = f"{what}.spec.{field}[{index}]"
-            entry = _mapping(path, item)
+            _check_lists(path, entry)
             refuse_misspelt(path, entry, CONTAINER_FIELDS)
             if not entry.get("name"):
                 raise InvalidInputError(f"{path} has no name; Ray's container is called {container!r}")
@@ -122,10 +125,21 @@ def check_pod_override(what: str, override: Any, container: str) -> None:
                     f"{path} is called {entry['name']!r} and has no image; Ray's container is called {container!r}, a "
                     "container of your own needs an image"
                 )
-            for variable in entry.get("env") or ():
-                pair = _mapping(f"{path}.env", variable)
+            for pair in entry.get("env") or ():
                 if "value" in pair:
                     refuse_plain_secrets(f"{path}.env", {str(pair.get("name")): pair["value"]})
+
+
+def _check_lists(what: str, value: Mapping[str, Any]) -> None:
+    for field in _LISTS & set(value):
+        if value[field] is None:
+            continue
+        if not isinstance(value[field], list | tuple):
+            kind = type(value[field]).__name__
+            raise InvalidInputError(f"{what}.{field} is a {kind}; expected a list of dicts, as in a pod's manifest")
+        for index, item in enumerate(value[field]):
+            if not isinstance(item, Mapping):
+                raise InvalidInputError(f"{what}.{field}[{index}] is {item!r}; expected a dict")
 
 
 def refuse_misspelt(what: str, value: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -173,5 +187,5 @@ def _mapping(what: str, value: Any) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise InvalidInputError(f"{what} is {type(value).__name__}; expected a dict")
+        raise InvalidInputError(f"{what} is a {type(value).__name__}; expected a dict")
     return value

@@ -7,7 +7,19 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from airflow_mlops.exceptions import InvalidInputError
-from airflow_mlops.training.checks import LABEL_KEY, LABEL_VALUE, check_labels, known_fields, one_of
+from airflow_mlops.training.checks import (
+    LABEL_KEY,
+    LABEL_VALUE,
+    check_labels,
+    count,
+    known_fields,
+    list_of_dicts,
+    mapping_of,
+    name_of,
+    one_of,
+    plain_values,
+    text_of,
+)
 from airflow_mlops.training.spec import whole
 
 SCHEDULERS = ("volcano", "yunikorn", "kueue", "kai")
@@ -89,7 +101,12 @@ class Gpu:
     def validate(self) -> None:
         """:raises InvalidInputError: names the field, what it must be and what to change"""
         one_of("gpu.kind", self.kind, ("full", "mig", "shared", "dra"))
-        whole("gpu.count", self.count, at_least=1)
+        count("gpu.count", self.count, at_least=1)
+        for name, example in (("profile", "1g.10gb"), ("resource", "nvidia.com/gpu"), ("claim_template", "one-gpu")):
+            if getattr(self, name) is not None:
+                text_of(f"gpu.{name}", getattr(self, name), example)
+        if self.claim_template is not None:
+            name_of("gpu.claim_template", self.claim_template, "ResourceClaimTemplate")
         if self.kind in ("mig", "shared") and self.count != 1:
             raise InvalidInputError(
                 f"gpu.count is {self.count} with kind {self.kind!r}; a process can use one such device only: set it to "
@@ -129,6 +146,7 @@ class Gang:
 
     def validate(self) -> None:
         """:raises InvalidInputError: the scheduler is unknown or cannot schedule RayJobs, or no queue is named"""
+        text_of("gang.scheduler", self.scheduler, "volcano")
         if self.scheduler in _REFUSED_SCHEDULERS:
             raise InvalidInputError(
                 f"gang.scheduler {self.scheduler!r} cannot run a RayJob ({_REFUSED_SCHEDULERS[self.scheduler]}); "
@@ -137,7 +155,9 @@ class Gang:
         one_of("gang.scheduler", self.scheduler, SCHEDULERS)
         for name in ("queue", "priority"):
             value = getattr(self, name)
-            if (value or name == "queue") and not (value and LABEL_VALUE.match(str(value))):
+            if value is None and name == "priority":
+                continue
+            if not (isinstance(value, str) and value and LABEL_VALUE.match(value)):
                 raise InvalidInputError(f"gang.{name} is {value!r}; expected the name of one, at most 63 characters")
 
 
@@ -178,16 +198,22 @@ class Spot:
         """:raises InvalidInputError: names the field, what it must be and what to change"""
         if self.provider is not None:
             one_of("spot.provider", self.provider, SPOT)
+        if self.selector is not None:
+            mapping_of("spot.selector", self.selector)
         if not self.nodes:
             raise InvalidInputError(f"spot needs a provider ({', '.join(SPOT)}) or the selector of its nodes")
         check_labels("spot.selector", self.nodes)
-        whole("spot.grace_seconds", self.grace_seconds, at_least=11 if self.drain_seconds is None else 2)
+        if self.tolerations is not None:
+            list_of_dicts("spot.tolerations", self.tolerations)
+        if self.drain_seconds is not None:
+            count("spot.drain_seconds", self.drain_seconds, at_least=0)
+        count("spot.grace_seconds", self.grace_seconds, at_least=11 if self.drain_seconds is None else 2)
         notice = SPOT[self.provider][2] if self.provider else self.grace_seconds
         if self.grace_seconds > notice:
             raise InvalidInputError(
                 f"spot.grace_seconds is {self.grace_seconds}; {self.provider} takes a node {notice} s after the notice"
             )
-        if not 0 < whole("spot.drain_seconds", self.drain, at_least=0) < self.grace_seconds:
+        if not 0 < self.drain < self.grace_seconds:
             raise InvalidInputError(
                 f"spot.drain_seconds is {self.drain_seconds}; expected less than grace_seconds ({self.grace_seconds}) "
                 "and more than 0: the last checkpoint is written in that time"
@@ -209,9 +235,9 @@ class Autoscale:
 
     def validate(self) -> None:
         """:raises InvalidInputError: names the field and what it must be"""
-        whole("autoscale.min_workers", self.min_workers, at_least=0)
-        whole("autoscale.max_workers", self.max_workers, at_least=max(1, self.min_workers))
-        whole("autoscale.idle_timeout", self.idle_timeout, at_least=1)
+        count("autoscale.min_workers", self.min_workers, at_least=0)
+        count("autoscale.max_workers", self.max_workers, at_least=max(1, self.min_workers))
+        count("autoscale.idle_timeout", self.idle_timeout, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -229,10 +255,13 @@ class Rdma:
 
     def validate(self) -> None:
         """:raises InvalidInputError: names the field and what it must be"""
-        for name, count in self.resources.items():
-            if "/" not in name or not LABEL_KEY.match(name):
+        for name, number in mapping_of("rdma.resources", self.resources).items():
+            if not isinstance(name, str) or "/" not in name or not LABEL_KEY.match(name):
                 raise InvalidInputError(f"rdma resource {name!r}: expected a name such as rdma/hca_shared_devices_a")
-            whole(f"rdma[{name!r}]", count, at_least=1)
+            whole(f"rdma[{name!r}]", number, at_least=1)
+        if not isinstance(self.host_network, bool):
+            raise InvalidInputError(f"rdma.host_network is {self.host_network!r}; expected True or False")
+        plain_values("rdma.annotations", self.annotations)
         if not (self.resources or self.host_network or self.annotations):
             raise InvalidInputError('rdma is empty; expected for example {"rdma/ib": 1} or {"host_network": True}')
 
@@ -254,7 +283,7 @@ def _part(what: str, kind: type[_Part], value: Any) -> _Part:
 def _rdma(value: Any) -> Rdma:
     if isinstance(value, Mapping) and "resources" not in value:
         # {"rdma/ib": 1} is short for {"resources": {"rdma/ib": 1}}.
-        direct = {name: whole(f"rdma[{name!r}]", count, 1) for name, count in value.items() if "/" in str(name)}
+        direct = {name: whole(f"rdma[{name!r}]", number, 1) for name, number in value.items() if "/" in str(name)}
         value = {**{name: item for name, item in value.items() if name not in direct}, "resources": direct}
     return _part("rdma", Rdma, value)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from airflow_mlops.training.decide import Observation
@@ -89,18 +88,14 @@ RULES = (
 
 @dataclass(frozen=True)
 class RayJobView:
-    """What is read of a RayJob; times are Unix seconds.
+    """What is read of a RayJob.
 
     :param deployment_status: ``status.jobDeploymentStatus``, empty before KubeRay has seen the RayJob
     :param job_status: ``status.jobStatus``, empty before there is a job
     :param cluster: name of its RayCluster
     :param deleting: whether somebody has deleted it and it is about to go
-    :param suspended: whether ``spec.suspend`` is set; None if not seen
     :param queued: the Kueue queue it belongs to
     :param owner_try: try number of the task that follows it
-    :param attempt: of the training run
-    :param job_started: when the job last started on its cluster
-    :param dashboard: host and port of its dashboard
     :param partial: made from a row of a table, which has neither reason nor message
     """
 
@@ -111,17 +106,10 @@ class RayJobView:
     job_status: str = ""
     reason: str = ""
     message: str = ""
-    start_time: float | None = None
-    end_time: float | None = None
-    job_id: str | None = None
     cluster: str | None = None
     deleting: bool = False
-    suspended: bool | None = None
     queued: str | None = None
     owner_try: int | None = None
-    attempt: int | None = None
-    job_started: float | None = None
-    dashboard: str | None = None
     partial: bool = False
 
     @classmethod
@@ -134,13 +122,7 @@ class RayJobView:
             job_status=status.get("jobStatus") or "",
             reason=status.get("reason") or "",
             message=status.get("message") or "",
-            start_time=_unix(status.get("startTime")),
-            end_time=_unix(status.get("endTime")),
-            job_id=status.get("jobId") or None,
             cluster=status.get("rayClusterName") or None,
-            suspended=bool((obj.get("spec") or {}).get("suspend", False)),
-            job_started=_unix((status.get("rayJobInfo") or {}).get("startTime")),
-            dashboard=status.get("dashboardURL") or None,
         )
 
     @classmethod
@@ -155,8 +137,6 @@ class RayJobView:
             **_of_metadata(metadata),
             deployment_status=cells.get("deployment status", ""),
             job_status=cells.get("job status", ""),
-            start_time=_unix(cells.get("start time")),
-            end_time=_unix(cells.get("end time")),
             cluster=cells.get("ray cluster name") or None,
             partial=True,
         )
@@ -170,12 +150,6 @@ class RayJobView:
     def settling(self) -> bool:
         """Whether the job has ended and KubeRay has not seen that yet; :func:`observe` wants to know since when."""
         return _rule(self).status == _JOB_SOON
-
-    def restarted_in_place(self, before: RayJobView | None) -> bool:
-        """Whether the job was started once more on its cluster since ``before`` was seen."""
-        if before is None or before.uid != self.uid:
-            return False
-        return None not in (before.job_started, self.job_started) and before.job_started != self.job_started
 
 
 def observe(
@@ -274,19 +248,8 @@ def _of_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "deleting": bool(metadata.get("deletionTimestamp")),
         "queued": labels.get(KUEUE_QUEUE_LABEL) or None,
         "owner_try": _number(annotations.get(OWNER_TRY_ANNOTATION)),
-        "attempt": _number(labels.get(ATTEMPT_LABEL)),
     }
 
 
 def _number(text: str | None) -> int | None:
     return int(text) if text is not None and re.fullmatch(r"\d+", text) else None
-
-
-def _unix(text: str | None) -> float | None:
-    try:
-        moment = datetime.fromisoformat(text) if text else None
-    except ValueError:
-        return None
-    if moment is None:
-        return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()

@@ -48,20 +48,19 @@ def test_parts_are_made_of_plain_values_and_templated_strings():
         autoscale={"min_workers": "1", "max_workers": "4"},
         rdma={"rdma/ib": "1", "host_network": True},
         ttl_after_finished="60",
-        attempt_timeout="3600",
         namespace=None,
     )
     assert (made.gpu, made.gang) == (Gpu(count=2), Gang("volcano", "q"))
     assert made.spot == Spot("eks", grace_seconds=100) and made.spot.drain == 90
     assert made.autoscale == Autoscale(1, 4)
     assert made.rdma == Rdma({"rdma/ib": 1}, host_network=True)
-    assert (made.ttl_after_finished, made.attempt_timeout, made.namespace) == (60, 3600, None)
+    assert (made.ttl_after_finished, made.namespace) == (60, None)
 
 
 def test_round_trip_through_json():
-    made = cluster(gpu={"kind": "mig", "profile": "1g.10gb"}, spot={"provider": "gke"}, startup_timeout=None)
+    made = cluster(gpu={"kind": "mig", "profile": "1g.10gb"}, spot={"provider": "gke"})
     again = KubeCluster.from_mapping(json.loads(json.dumps(made.to_json())))
-    assert again.to_json() == json.loads(json.dumps(made.to_json())) and again.startup_timeout is None
+    assert again.to_json() == json.loads(json.dumps(made.to_json()))
 
 
 def test_false_leaves_a_part_out():
@@ -101,9 +100,91 @@ def test_each_kind_of_gpu_asks_for_its_resource(gpu, resource):
         ({"submitter_backoff": -1}, "submitter_backoff is -1"),
         ({"ttl_after_finished": "soon"}, "ttl_after_finished is 'soon'"),
         ({"workers_per_pod": 0}, "workers_per_pod is 0"),
-        ({"attempt_timeout": 0}, "attempt_timeout is 0; expected seconds"),
-        ({"startup_timeout": "20m"}, "startup_timeout is '20m'; expected seconds"),
-        ({"attempt_timeout": float("nan")}, "attempt_timeout is nan"),
+        ({"attempt_timeout": 60}, "cluster has attempt_timeout; give attempt_timeout to the operator"),
+        ({"startup_timeout": None}, "cluster has startup_timeout; give startup_timeout to the operator"),
+        # Values of another type than the field's
+        (
+            {"env": [{"name": "A", "value": "b"}]},
+            'env is a list of name and value, as in a pod; expected a dict such as {"',
+        ),
+        ({"env": "A=b"}, "env is 'A=b'; expected a dict"),
+        ({"env": {"A B": "c"}}, "env has 'A B'; expected names of letters, digits and '_'"),
+        ({"runtime_env": ["torch"]}, "runtime_env is ['torch']; expected a dict"),
+        ({"runtime_env": {"pip": {"torch"}}}, "runtime_env cannot be written into a manifest"),
+        ({"runtime_env": {"env_vars": [1]}}, "runtime_env['env_vars'] is a list; expected a dict"),
+        (
+            {"runtime_env": {"env_vars": {"A": {"b": 1}}}},
+            "runtime_env['env_vars']['A'] is a dict; expected a name and a",
+        ),
+        ({"ray_start_params": ["--block"]}, "ray_start_params is ['--block']; expected a dict"),
+        ({"ray_start_params": {"head": {"labels": ["a"]}}}, "ray_start_params['head']['labels'] is a list"),
+        ({"ray_version": 2.6}, "ray_version is 2.6 (float); expected a string such as '2.60.0'"),
+        ({"submission_mode": ["HTTPMode"]}, "submission_mode is ['HTTPMode'] (list); expected a string"),
+        ({"namespace": 7}, "namespace is 7; expected a DNS label"),
+        ({"head_resources": [1]}, "head_resources is [1]; expected a dict"),
+        ({"tolerations": {"key": "gpu"}}, "tolerations is {'key': 'gpu'}; expected a list of dicts"),
+        ({"tolerations": ["gpu"]}, "tolerations[0] is 'gpu'; expected a dict"),
+        ({"affinity": []}, "affinity is []; expected a dict"),
+        ({"affinity": {"nodeAffinity": {1, 2}}}, "affinity cannot be written into a manifest"),
+        ({"annotations": ["a=b"]}, "annotations is ['a=b']; expected a dict"),
+        ({"annotations": {"a": {}}}, "annotations['a'] is a dict; expected a name and a plain value"),
+        ({"labels": ["team"]}, "labels is ['team']; expected a dict"),
+        (
+            {"cost_tags": [{"name": "team", "value": "a"}]},
+            "cost_tags is [{'name': 'team', 'value': 'a'}]; expected a dict",
+        ),
+        ({"node_selector": "pool=gpu"}, "node_selector is 'pool=gpu'; expected a dict"),
+        ({"service_account": ["a"]}, "service_account is ['a']; expected the name of a ServiceAccount"),
+        ({"auth_secret": {"name": "a"}}, "auth_secret is {'name': 'a'}; expected the name of a Secret"),
+        ({"image_pull_secrets": [{"name": "a"}]}, "image_pull_secrets has {'name': 'a'}; expected names of Kubernetes"),
+        ({"image_pull_secrets": "a"}, "image_pull_secrets is 'a'; expected a list of names"),
+        ({"entrypoint_resources": [1]}, "entrypoint_resources is [1]; expected a dict"),
+        ({"entrypoint_resources": {"cpu": "one"}}, "entrypoint_resources['cpu'] is 'one'; expected a number"),
+        ({"job_overrides": ["suspend"]}, "job_overrides is ['suspend']; expected a dict"),
+        ({"job_overrides": {"deletionStrategy": [1]}}, "job_overrides['deletionStrategy'] is [1]; expected a dict"),
+        ({"job_overrides": {"rayClusterSpec": None}}, "job_overrides['rayClusterSpec'] is None; expected a dict"),
+        ({"job_overrides": {"rayClusterSpec": {"headGroupSpec": [1]}}}, "headGroupSpec is [1]; expected a dict"),
+        (
+            {"job_overrides": {"rayClusterSpec": {"headGroupSpec": {"template": None}}}},
+            "template is None; expected a dict",
+        ),
+        ({"job_overrides": {"rayClusterSpec": {"workerGroupSpecs": {"groupName": "g"}}}}, "expected a list of dicts"),
+        (
+            {"job_overrides": {"rayClusterSpec": {"workerGroupSpecs": None}}},
+            "workerGroupSpecs is None; expected a list",
+        ),
+        ({"pod_template_overrides": [1]}, "pod_template_overrides is [1]; expected a dict"),
+        ({"pod_template_overrides": {"head": {"metadata": []}}}, "metadata is a list; expected a dict"),
+        ({"pod_template_overrides": {"head": {"metadata": {"labels": ["a"]}}}}, "labels is ['a']; expected a dict"),
+        (
+            {"pod_template_overrides": {"worker": {"spec": {"volumes": {"a": 1}}}}},
+            "spec.volumes is a dict; expected a list",
+        ),
+        (
+            {"pod_template_overrides": {"worker": {"spec": {"containers": [None]}}}},
+            "containers[0] is None; expected a dict",
+        ),
+        ({"pod_template_overrides": {"worker": container(env={"A": "b"})}}, "env is a dict; expected a list of dicts"),
+        ({"gpu": {"resource": 5}}, "gpu.resource is 5 (int); expected a string such as 'nvidia.com/gpu'"),
+        ({"gpu": {"count": 1.5}}, "gpu.count is 1.5; expected a whole number"),
+        ({"gpu": {"kind": "dra", "claim_template": {"name": "x"}}}, "gpu.claim_template is {'name': 'x'} (dict)"),
+        ({"gang": {"scheduler": ["volcano"], "queue": "q"}}, "gang.scheduler is ['volcano'] (list); expected a string"),
+        ({"gang": {"scheduler": "volcano", "queue": 5}}, "gang.queue is 5; expected the name"),
+        ({"gang": {"scheduler": "volcano", "queue": "q", "priority": 5}}, "gang.priority is 5; expected the name"),
+        ({"spot": {"selector": [{"pool": "spot"}]}}, "spot.selector is [{'pool': 'spot'}]; expected a dict"),
+        ({"spot": {"provider": ["gke"]}}, "spot.provider is ['gke']; expected one of"),
+        (
+            {"spot": {"provider": "gke", "tolerations": {"key": "a"}}},
+            "spot.tolerations is {'key': 'a'}; expected a list",
+        ),
+        ({"spot": {"provider": "gke", "grace_seconds": 20.5}}, "spot.grace_seconds is 20.5; expected a whole number"),
+        (
+            {"autoscale": {"min_workers": 1, "max_workers": None}},
+            "autoscale.max_workers is None; expected a whole number",
+        ),
+        ({"rdma": {"resources": ["rdma/ib"]}}, "rdma.resources is ['rdma/ib']; expected a dict"),
+        ({"rdma": {"host_network": "yes"}}, "rdma.host_network is 'yes'; expected True or False"),
+        ({"rdma": {"rdma/ib": 1, "annotations": ["a"]}}, "rdma.annotations is ['a']; expected a dict"),
         ({"suspend": "yes"}, "suspend is 'yes'; expected True or False"),
         # GPUs
         ({"gpu": {"kind": "half"}}, "gpu.kind is 'half'; expected one of full, mig, shared, dra"),
@@ -187,7 +268,7 @@ def test_each_kind_of_gpu_asks_for_its_resource(gpu, resource):
         ({"pod_template_overrides": {"worker": container(imagePullPolcy="Always")}}, "did you mean 'imagePullPolicy'?"),
         ({"pod_template_overrides": {"worker": container("ray-wroker")}}, "Ray's container is called 'ray-worker'"),
         ({"pod_template_overrides": {"worker": {"spec": {"containers": [{"image": "x"}]}}}}, "has no name"),
-        ({"pod_template_overrides": {"worker": {"spec": []}}}, "spec is list; expected a dict"),
+        ({"pod_template_overrides": {"worker": {"spec": []}}}, "spec is a list; expected a dict"),
         (
             {"pod_template_overrides": {"head": {"metadata": {"labels": {"mlops.airflow.org/run": "x"}}}}},
             "this package's own",
@@ -206,6 +287,21 @@ def test_each_kind_of_gpu_asks_for_its_resource(gpu, resource):
 def test_bad_input_is_named_with_what_was_expected(values, words):
     with pytest.raises(InvalidInputError, match=re.escape(words)):
         cluster(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"gpu": {"kind": "full"}}, "gpu is {'kind': 'full'}; expected Gpu(...), or give the whole cluster as a dict"),
+        ({"spot": True}, "spot is True; expected Spot(...)"),
+        ({"autoscale": Autoscale("1", "4")}, "autoscale.min_workers is '1'; expected a whole number"),  # type: ignore[arg-type]
+        ({"workers_per_pod": "2"}, "workers_per_pod is '2'; expected a whole number"),
+        ({"tolerations": None}, "tolerations is None; expected a list of dicts"),
+    ],
+)
+def test_a_cluster_that_was_made_by_hand_is_checked_too(values, words):
+    with pytest.raises(InvalidInputError, match=re.escape(words)):
+        KubeCluster(IMAGE, **values).validate()
 
 
 def test_an_error_about_a_secret_does_not_show_it():
@@ -255,7 +351,7 @@ def test_fields_of_a_newer_kubernetes_are_left_to_the_api_server():
             {"autoscale": {"min_workers": 2, "max_workers": 4}, "gang": {"scheduler": "yunikorn", "queue": "q"}},
             "counts autoscale.min_workers (2) of 4 workers",
         ),
-        ({"max_failures": 0}, {"spot": {"provider": "gke"}}, "the first preemption would end the training"),
+        ({"max_failures": 0}, {"spot": {"provider": "gke"}}, "the first one would end the training: give at least 1"),
         ({"ray_version": "2.59.0"}, {}, "the driver's Ray is 2.59.0"),
     ],
 )

@@ -18,6 +18,7 @@ from airflow_mlops.training.limits import (
     after_breach,
     attempt_seconds,
     breach,
+    consumed,
     estimate_usage,
     remaining,
     times_of,
@@ -399,6 +400,16 @@ def test_without_a_word_from_the_driver_the_gpus_are_counted_while_it_runs(spec)
     times = replace(NEW, gpus=2.0)
     assert estimate_usage(spec, times, 500.0) == Usage()
     assert estimate_usage(spec, times.seen("RUNNING", 100.0), 500.0).gpu_seconds == 800.0
+
+
+def test_a_failure_says_what_was_consumed(spec):
+    times = replace(NEW, gpus=2.0).seen("RUNNING", 100.0)
+    assert consumed(spec, times, None, 500.0) == "The run has used about 800 GPU-seconds."
+    assert consumed(spec, times, None, 1900.0, 2.5) == "The run has used about 3600 GPU-seconds, which cost 2.50."
+    failed = TrainingResult("FAILED", 2, spec.fingerprint, usage=Usage(5.0, 6.0, 7200.0))
+    assert consumed(spec, times, failed, 1900.0, 2.5) == "The run has used 7200 GPU-seconds, which cost 5.00."
+    assert "about 800" in consumed(spec, times, replace(failed, attempt=1), 500.0)
+    assert consumed(spec, replace(times, gpus=0.0), None, 500.0, 2.5) == ""
 
 
 def test_driver_of_an_earlier_attempt_told_of_what_came_before(spec):

@@ -58,8 +58,6 @@ EXTRAS: tuple[dict[str, Any], ...] = (
         "labels": {"app": "training"},
         "annotations": {"example.org/note": "x"},
         "auth_secret": "ray-token",
-        "attempt_timeout": 60.5,
-        "startup_timeout": 0.5,
         "runtime_env": {"pip": ["x"], "env_vars": {"A": "b"}},
         "ray_start_params": {"head": {"block": "true"}, "worker": {"num-cpus": 1}},
         "pod_template_overrides": {
@@ -137,7 +135,7 @@ def test_every_rendered_manifest_passes_the_schema_in_strict_mode(schemas):
 
 
 def test_every_attempt_is_named_labelled_and_left_to_the_operator():
-    job = render(EXTRAS[1], deadline_seconds=50.2)
+    job = render(EXTRAS[1], deadline_seconds=50.2, startup_seconds=0.5)
     labels, annotations, spec = job["metadata"]["labels"], job["metadata"]["annotations"], job["spec"]
     assert job["metadata"]["namespace"] == "team"
     assert labels["mlops.airflow.org/run"] == run_label(SPEC) and labels["mlops.airflow.org/attempt"] == "1"
@@ -181,10 +179,43 @@ def test_only_the_attempt_differs_between_attempts():
     assert run_label(SPEC) != run_label(TrainingSpec("a.b:c", "torch", "s3://bucket/runs", "other"))
 
 
-def test_without_limits_there_are_no_deadlines():
-    spec = render({"startup_timeout": None})["spec"]
+def test_deadlines_are_whole_seconds_and_only_there_if_given():
+    spec = render()["spec"]
     assert not {"activeDeadlineSeconds", "preRunningDeadlineSeconds", "suspend", "managedBy"} & set(spec)
-    assert render({"attempt_timeout": 10}, deadline_seconds=99)["spec"]["activeDeadlineSeconds"] == 10
+    spec = render(deadline_seconds=60.5, startup_seconds=0.5)["spec"]
+    assert (spec["activeDeadlineSeconds"], spec["preRunningDeadlineSeconds"]) == (61, 1)
+
+
+@pytest.mark.parametrize("labels", [None, {}, {"app.kubernetes.io/managed-by": "me", "team": "ads", "own": "x"}])
+def test_no_override_takes_away_the_labels_by_which_pods_are_found(labels):
+    container = {"name": "ray-worker", "image": "i"}
+    more = [
+        {"groupName": "more", "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}}},
+        {"groupName": "bare", "template": {"spec": {"containers": [container]}}},
+    ]
+    job = render(
+        {
+            "cost_tags": {"team": "fraud"},
+            "labels": {"app": "training"},
+            "pod_template_overrides": {
+                role: {"metadata": {"labels": labels}} for role in ("head", "worker", "submitter")
+            },
+            "job_overrides": {"rayClusterSpec": {"workerGroupSpecs": more}},
+        }
+    )
+    groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [group["groupName"] for group in groups] == ["workers", "more", "bare"]
+    identity = {
+        "app.kubernetes.io/managed-by": "airflow-mlops",
+        "mlops.airflow.org/attempt": "1",
+        "mlops.airflow.org/run": run_label(SPEC),
+        **OWNER.labels,
+    }
+    for template in (*pods(job).values(), *(group["template"] for group in groups)):
+        found = template["metadata"]["labels"]
+        assert found.items() >= {**identity, "app": "training"}.items()
+        assert found["team"] == ("ads" if "own" in found else "fraud")
+    assert groups[1]["template"]["metadata"]["labels"].get("own") == (labels or {}).get("own")
 
 
 def test_the_head_offers_no_cpus_and_runs_the_driver():
@@ -204,6 +235,9 @@ def test_the_driver_has_time_for_a_checkpoint_when_it_is_stopped():
     job = render({"runtime_env": {"env_vars": {"X": "1", "PYTHONUNBUFFERED": "0"}}}, spec)
     runtime = json.loads(job["spec"]["runtimeEnvYAML"])["env_vars"]
     assert runtime == {"RAY_JOB_STOP_WAIT_TIME_S": "41", "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "0", "X": "1"}
+    plain = render({"runtime_env": {"env_vars": {"N": 3, "ON": True}}})["spec"]["runtimeEnvYAML"]
+    assert json.loads(plain)["env_vars"].items() >= {"N": "3", "ON": "true"}.items()
+    assert json.loads(render({"runtime_env": {"env_vars": None}})["spec"]["runtimeEnvYAML"])["env_vars"]
     assert env(pods(job)["head"])["RAY_JOB_STOP_WAIT_TIME_S"] == "41"
 
 

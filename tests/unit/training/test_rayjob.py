@@ -171,7 +171,7 @@ def test_kuberays_words_reach_the_message():
 
 
 def test_who_suspended_it_is_told():
-    view = replace(VIEW, deployment_status="Suspended", suspended=True)
+    view = replace(VIEW, deployment_status="Suspended")
     assert "not by Kueue" in observe(view, now=0.0).message
     assert "Kueue holds it in queue team-a" in observe(replace(view, queued="team-a"), now=0.0).message
 
@@ -208,17 +208,10 @@ def test_view_of_an_object():
         deployment_status="Complete",
         job_status="SUCCEEDED",
         message="Job finished successfully.",
-        start_time=1795251367.0,
-        end_time=1795251428.0,
-        job_id="train-0123456789ab-a2",
         cluster="lab-job-nvlgt",
         deleting=True,
-        suspended=True,
         queued="team-a",
         owner_try=3,
-        attempt=2,
-        job_started=1795251415.0,
-        dashboard="lab-job-nvlgt-head-svc.default.svc.cluster.local:8265",
     )
 
 
@@ -232,29 +225,18 @@ def test_view_of_a_row():
         "age": "5m",
     }
     whole = RayJobView.of(OBJECT)
-    unseen = {"message": "", "job_id": None, "suspended": None, "job_started": None, "dashboard": None}
-    expected = replace(whole, **unseen, partial=True)
+    expected = replace(whole, message="", partial=True)
     assert RayJobView.of_row(columns, OBJECT["metadata"]) == expected
     assert RayJobView.of_row({name.title(): value for name, value in columns.items()}, OBJECT["metadata"]) == expected
 
 
 @pytest.mark.parametrize("status", [None, {}, {"startTime": "yesterday", "jobStatus": None, "rayJobInfo": None}])
 def test_view_of_a_new_or_odd_object(status):
-    odd = {"labels": {"mlops.airflow.org/attempt": "x"}, "annotations": None, "name": "n"}
+    odd = {"labels": None, "annotations": {"mlops.airflow.org/owner-try": "x"}, "name": "n"}
     view = RayJobView.of({"metadata": odd, "status": status})
-    assert (view.attempt, view.owner_try, view.start_time, view.deleting) == (None, None, None, False)
+    assert (view.queued, view.owner_try, view.deleting) == (None, None, False)
     assert observe(view, now=0.0).status == "PENDING"
     assert RayJobView.of_row({"job status": None}, {}).job_status == ""
-
-
-def test_job_started_once_more_on_its_cluster():
-    first = replace(VIEW, job_started=100.0)
-    assert replace(VIEW, job_started=200.0).restarted_in_place(first)
-    assert not first.restarted_in_place(first)
-    assert not first.restarted_in_place(VIEW)
-    assert not VIEW.restarted_in_place(first)
-    assert not replace(VIEW, uid="uid-2", job_started=200.0).restarted_in_place(first)
-    assert not first.restarted_in_place(None)
 
 
 #: States of the three RayJobs that were recorded with a real KubeRay, and what an operator has to make of each.
