@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, suppress
 from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError
+from airflow_mlops.hooks._kubernetes import Backoff
+from airflow_mlops.hooks._pod_log import DriverLog
 from airflow_mlops.hooks.kubernetes import (
     PODGROUP,
     RAYJOB,
@@ -178,22 +181,40 @@ class RayJobHook(CustomResourceHook):
     async def driver_log(
         self, spec: TrainingSpec, place: str | None, over: asyncio.Event
     ) -> AsyncGenerator[tuple[str, str], None]:
-        """The driver's log as its submitter has it, from ``place`` on: each line with the place behind it.
+        """The driver's log as its submitters have it, from ``place`` on: each line with the place behind it.
+
+        A submitter that loses the driver is replaced by another, which tells the log from its start: no line of the
+        driver is lost or comes twice. What the first one says itself before the driver's log, and any one after it,
+        comes too; see :class:`~airflow_mlops.hooks._pod_log.DriverLog` for what tells them apart.
 
         :param over: set when the attempt is over; who has no submitter then gets none
         """
+        log, backoff, ended, known = DriverLog(place), Backoff(self._look, 30.0), None, False
         while True:
-            last = over.is_set()
-            if (pod := await self._submitter(spec)) is not None:
-                break
-            if last:
+            last, failure = over.is_set(), None
+            try:
+                pod = await self._submitter(spec)
+                if pod is None and not known:
+                    rayjob = await self.aget(RAYJOB, submission_id_of(spec))
+                    known = rayjob is not None
+                    if rayjob is not None and rayjob["spec"].get("submissionMode") == "HTTPMode":
+                        return
+            except ExternalSystemError as error:
+                pod, failure = None, error
+            if pod is not None and pod != ended:
+                async with aclosing(self.alog_lines(pod, log.since(pod), container=SUBMITTER)) as lines:
+                    async for line in lines:
+                        if log.is_new(line):
+                            yield log.place, line.text
+                ended = pod
+                backoff.reset()
+            elif last and failure is None:
                 return
-            await asyncio.sleep(self._look)
-        since = None
-        if place and place.partition(" ")[0] == pod:
-            since = place.partition(" ")[2]
-        async for line in self.alog_lines(pod, since, container=SUBMITTER):
-            yield f"{pod} {line.cursor}", line.text
+            elif last:
+                await asyncio.sleep(backoff.after(failure))
+            else:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(over.wait(), backoff.after(failure))
 
     async def _submitter(self, spec: TrainingSpec) -> str | None:
         pods = await self.apods(run_selector(spec, spec.attempt))

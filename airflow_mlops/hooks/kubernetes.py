@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from airflow_mlops.exceptions import InvalidInputError, MlopsError
+from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, MlopsError
 from airflow_mlops.hooks import _kubernetes as api
 from airflow_mlops.hooks._kubernetes import (
     EVENT,
@@ -291,17 +291,18 @@ class CustomResourceHook(KubernetesConnection):
     ) -> AsyncGenerator[LogLine, None]:
         """The lines of a pod's log as they are written, until its container has ended or the pod is gone.
 
-        A cut connection is taken up again at its place: no line is lost or comes twice.
+        A cut connection is taken up again at its place: no line is lost or comes twice. It is asked for until there is
+        an answer, however long the server is away.
 
         :param since: ``str(cursor)`` of the last line that was read, None for the beginning
         """
         inside, cursor, backoff = await self.anamespace_of(namespace), LogCursor.parse(since), api.Backoff(most=5.0)
         while True:
-            over = _over(await self.aget(POD, name, namespace=inside), container)
-            reader, start = LogReader(cursor), cursor
-            follow = {} if over else {"follow": "true"}
-            query = {**cursor.query, **_log_query(None, None, container), **follow}
+            reader, start, failure = LogReader(cursor), cursor, None
             try:
+                over = _over(await self.aget(POD, name, namespace=inside), container)
+                follow = {} if over else {"follow": "true"}
+                query = {**cursor.query, **_log_query(None, None, container), **follow}
                 call = api.log_call(name, query, inside)
                 async with aclosing(self._astream(call, _LOG_SILENCE, allow=api.no_log)) as chunks:
                     async for chunk in chunks:
@@ -310,11 +311,12 @@ class CustomResourceHook(KubernetesConnection):
                             yield line
                 if over:
                     return
-            except (api.Unanswered, api.Unavailable) as error:
+            except ExternalSystemError as error:
                 self.log.debug("log of pod %s: %s", name, error)
+                failure = error
             if reader.cursor != start:
                 backoff.reset()
-            await asyncio.sleep(backoff.after())
+            await asyncio.sleep(backoff.after(failure))
 
     def watch(
         self,

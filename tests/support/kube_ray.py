@@ -127,6 +127,11 @@ class Job:
         limit = (self.spec.get("submitterConfig") or {}).get("backoffLimit", 2)
         made = self.api.create({"kind": "Job", "metadata": meta, "spec": {"backoffLimit": limit}}, self.namespace)
         self.event("CreatedRayJobSubmitter", f"Created Kubernetes Job {self.namespace}/{self.name}")
+        return self.create_submitter_pod(made)
+
+    def create_submitter_pod(self, made: Object) -> Object:
+        """The first pod of the submitting Job, or one in place of one that failed."""
+        template, labels = self.spec.get("submitterPodTemplate") or {}, made["metadata"]["labels"]
         labels = {**labels, "job-name": self.name, "batch.kubernetes.io/job-name": self.name}
         meta = {"generateName": f"{self.name}-", "labels": labels, "ownerReferences": [_reference(made)]}
         spec = {"containers": [{"name": "ray-job-submitter", "image": "ray"}], **(template.get("spec") or {})}

@@ -70,6 +70,9 @@ class RayJobSimulator:
         self._held: set[str] = set()
         self._lost: dict[str, str] = {}
         self._submitter_dead: set[str] = set()
+        self._submitter_lost: dict[str, tuple[str, ...]] = {}
+        self._submitters: dict[str, str] = {}
+        self._writing = threading.Lock()
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._labels: dict[str, str] = {}
         self._suspends: dict[str, asyncio.Event] = {}
@@ -189,6 +192,13 @@ class RayJobSimulator:
     def kill_submitter(self, name: str, *, namespace: str = "default") -> None:
         """Let the submitter fail for good while the entrypoint goes on."""
         self._submitter_dead.add(f"{namespace}/{name}")
+
+    def replace_submitter(self, name: str, *last_words: str, namespace: str = "default") -> None:
+        """Let the submitter's pod fail, and its Job start another, which tells the driver's log from its start.
+
+        :param last_words: lines that it writes before it ends
+        """
+        self._submitter_lost[f"{namespace}/{name}"] = last_words
 
     def pods_linger(self, seconds: float) -> None:
         """Let the containers of pods that are deleted end only so many recorded seconds later."""
@@ -346,7 +356,9 @@ class RayJobSimulator:
         submitted = ("submitter", "Running") if submitter else ("rayjob", "Running")
         await self.kubelet.sleep(recorded("rayjob", "Running", "PENDING", since=submitted))
         driver = Driver(self.script, job.get(), lambda: None)
-        driver.stop.log = lambda line: self._log(job, submitter, line)
+        driver.stop.log = lambda line: self._log(job, line)
+        if submitter:
+            self._connect(job, submitter)
         if job.key in self._lost or self.kubelet.find(head) is None:
             return await self._head_lost(job)
         self._drivers[job.key] = driver
@@ -365,6 +377,8 @@ class RayJobSimulator:
             await self.kubelet.pause()
             if job.key in self._lost or self.kubelet.find(head) is None:
                 return await self._head_lost(job)
+            if submitter and job.key in self._submitter_lost:
+                submitter = await self._replaced(job, submitter)
             if submitter and job.key in self._submitter_dead:
                 self.kubelet.finish(submitter, "Failed")
                 message = "Job submission has failed. Reason: BackoffLimitExceeded"
@@ -437,11 +451,37 @@ class RayJobSimulator:
         key = f"{request.namespace}/{name}"
         return answer_jobs_api(request, rayjob, self._drivers.get(key), self.outputs.get(key, []))
 
-    def _log(self, job: Job, submitter: Object | None, line: str) -> None:
-        self.outputs.setdefault(job.key, []).append(line)
-        if submitter and job.key not in self._submitter_dead:
-            with contextlib.suppress(ApiError):
-                self.api.add_pod_log(submitter["metadata"]["name"], [line], namespace=job.namespace)
+    async def _replaced(self, job: Job, submitter: Object) -> Object:
+        with self._writing:
+            pod = self._submitters.pop(job.key)
+            self.api.add_pod_log(pod, self._submitter_lost.pop(job.key), namespace=job.namespace)
+        self.kubelet.finish(submitter, "Failed")
+        await self.kubelet.sleep(10)
+        # A Job waits for seconds, and creation times are as exact as that.
+        while timestamp(self.api.store.now()) == submitter["metadata"]["creationTimestamp"]:
+            await self.kubelet.pause()
+        made = self.api.get("Job", job.namespace, job.name)
+        if made is None:
+            raise GoneError
+        found = job.create_submitter_pod(made)
+        while not self.kubelet.ready(found):
+            await self.kubelet.pause()
+        self._connect(job, found)
+        return found
+
+    def _connect(self, job: Job, submitter: Object) -> None:
+        """Let a submitter tell the driver's log, what there is of it first."""
+        name = submitter["metadata"]["name"]
+        with self._writing, contextlib.suppress(ApiError):
+            lines = [f"Job submission server address: {job.name}:8265", *self.outputs.get(job.key, [])]
+            self.api.add_pod_log(name, lines, namespace=job.namespace)
+            self._submitters[job.key] = name
+
+    def _log(self, job: Job, line: str) -> None:
+        with self._writing, contextlib.suppress(ApiError):
+            self.outputs.setdefault(job.key, []).append(line)
+            if job.key in self._submitters and job.key not in self._submitter_dead:
+                self.api.add_pod_log(self._submitters[job.key], [line], namespace=job.namespace)
 
     def _count_running(self, job: Job) -> None:
         label = self._labels.get(job.key, "")

@@ -14,6 +14,7 @@ from ipaddress import ip_address
 import pytest
 from aiohttp import web
 from support.kube_api import KubeApi
+from support.kube_training import until
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 from airflow_mlops.hooks import _kubernetes_connection as connection
@@ -524,6 +525,26 @@ def test_a_live_log_survives_cut_connections(kube_api, kubeconfig, monkeypatch, 
     assert [line.text for line in read(CustomResourceHook("kube"), "p", str(half.cursor))] == [
         line.text for line in rest
     ]
+
+
+def test_a_live_log_outlasts_a_server_that_is_away_for_long(kube_api, kubeconfig, monkeypatch):
+    connect(monkeypatch, kube_config_path=str(kubeconfig))
+    kube_api.create({**pod("p"), "status": {"phase": "Running"}})
+    kube_api.add_pod_log("p", ["before"])
+
+    def outage():
+        until(lambda: kube_api.count(path_contains="pods/p/log"))
+        away = kube_api.fault(status=503, times=10_000)
+        kube_api.drop_watches()
+        time.sleep(1.5)
+        kube_api.faults.remove(away)
+        kube_api.add_pod_log("p", ["after"])
+        kube_api.put_status("Pod", "default", "p", {"phase": "Succeeded"})
+
+    trouble = threading.Thread(target=outage)
+    trouble.start()
+    assert [line.text for line in read(CustomResourceHook("kube", patience=0.2), "p")] == ["before", "after"]
+    trouble.join()
 
 
 def test_the_log_of_a_pod_that_is_gone_ends(kube_api, kubeconfig, monkeypatch):
