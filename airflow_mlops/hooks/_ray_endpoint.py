@@ -53,12 +53,23 @@ class Endpoint:
     def ssl(self) -> bool | ssl.SSLContext:
         """``verify`` and ``certificate`` in the form that aiohttp takes."""
         if isinstance(self.verify, str) or self.certificate:
-            return _ssl_context(self.verify, self.certificate)
+            files = (self.verify, *(self.certificate or ()))
+            return _ssl_context(self.verify, self.certificate, tuple(map(_written, files)))
         return self.verify
 
 
+def _written(path: bool | str) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns if isinstance(path, str) else None
+    except OSError:  # who loads it will say so
+        return None
+
+
 @functools.lru_cache(maxsize=64)
-def _ssl_context(verify: bool | str, certificate: tuple[str, str] | None) -> ssl.SSLContext:
+def _ssl_context(
+    verify: bool | str, certificate: tuple[str, str] | None, written: tuple[int | None, ...]
+) -> ssl.SSLContext:
+    """The context of these files as they were ``written``: certificates are rotated in place."""
     import ssl
 
     context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)

@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -32,7 +31,7 @@ async def next_look(endpoint: Endpoint, submission_id: str, interval: float) -> 
     """
     polls = _POLLS.setdefault(asyncio.get_running_loop(), {})
     if endpoint not in polls:
-        polls[endpoint] = _Poll(endpoint, on_end=lambda: polls.pop(endpoint, None))
+        polls[endpoint] = _Poll(endpoint, polls)
     return await polls[endpoint].wait(submission_id, interval)
 
 
@@ -46,11 +45,11 @@ class _Waiter:
 class _Poll:
     """Looks at one cluster for as long as somebody waits for it.
 
-    :param on_end: called when nobody does any more
+    :param polls: where it is found until nobody does any more
     """
 
-    def __init__(self, endpoint: Endpoint, on_end: Callable[[], object]) -> None:
-        self._endpoint, self._on_end = endpoint, on_end
+    def __init__(self, endpoint: Endpoint, polls: dict[Endpoint, _Poll]) -> None:
+        self._endpoint, self._polls = endpoint, polls
         self._waiters: list[_Waiter] = []
         self._asked = asyncio.Event()
         # What the poll logs belongs to no task, above all not to the one whose trigger happened to be the first.
@@ -70,11 +69,16 @@ class _Poll:
                     self._waiters, began = [], time.monotonic()
                     await self._look(hook, waiters)
                     await self._pause(began, min(waiter.interval for waiter in waiters))
-                self._on_end()  # without an await since the last look at who waits, so that nobody is forgotten
+                self._leave()  # without an await since the last look at who waits, so that nobody is forgotten
         finally:
-            self._on_end()
+            self._leave()
             for waiter in self._present():
                 waiter.answer.cancel()
+
+    def _leave(self) -> None:
+        # While this one closes its session another may have begun.
+        if self._polls.get(self._endpoint) is self:
+            del self._polls[self._endpoint]
 
     def _present(self) -> list[_Waiter]:
         return [waiter for waiter in self._waiters if not waiter.answer.done()]

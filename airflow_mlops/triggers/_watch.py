@@ -8,6 +8,7 @@ that was seen last; where that is forgotten, a new list is compared with the row
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 import time
@@ -16,7 +17,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, finalize
 
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, MlopsError
 from airflow_mlops.hooks._kubernetes import TABLE, Backoff, HistoryGone, Object, Resource, selector_text
@@ -143,7 +144,9 @@ class SharedWatch:
             self._registry.setdefault(self._key, self)
             self._forget()
             self._hook = self._given or module.CustomResourceHook(**self._connection)
-            self._task = asyncio.create_task(self._run(), name=f"watch {self._resource.plural}")
+            # What a shared watch logs belongs to no task, above all not to the one whose trigger was the first.
+            context = None if self._given is not None else contextvars.Context()
+            self._task = asyncio.create_task(self._run(), name=f"watch {self._resource.plural}", context=context)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -338,7 +341,12 @@ class SharedWatch:
         if self._error is not None:
             raise self._error
         self._followers.setdefault(name, WeakSet()).add(follower)
+        finalize(follower, self._tidy, name).atexit = False
         return self._rows.get(name)
+
+    def _tidy(self, name: str) -> None:
+        if not list(self._followers.get(name, (None,))):
+            del self._followers[name]
 
     async def _look(self, name: str) -> Row | None:
         """Ask for an object that the watch has not shown: it may be younger than what was seen last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from support.ray_dashboard import RayDashboard
@@ -254,3 +255,36 @@ def test_proxy_that_is_described_wrongly(monkeypatch, extra, words):
     monkeypatch.setenv("AIRFLOW_CONN_RAY_DEFAULT", json.dumps({"conn_type": "ray", "extra": extra}))
     with pytest.raises(InvalidInputError, match=words):
         _ = RayJobsHook().endpoint
+
+
+def identity(folder, name: str) -> tuple[str, str]:
+    """Files of a certificate and its key, overwritten where they are there."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, who = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    began, pem = datetime.now(timezone.utc), serialization.Encoding.PEM
+    made = x509.CertificateBuilder(who, who, key.public_key(), 1, began, began + timedelta(days=1))
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    (folder / "cert.pem").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(pem))
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, *plain))
+    return str(folder / "cert.pem"), str(folder / "key.pem")
+
+
+def test_certificates_that_were_rotated_in_place_are_read_again(tmp_path):
+    """A triggerer runs for longer than a certificate lives."""
+    files = identity(tmp_path, "first")
+    endpoint = module.Endpoint("https://ray", None, files[0], "", certificate=files)
+
+    def trusted() -> str:
+        return endpoint.ssl.get_ca_certs()[0]["subject"][0][0][1]
+
+    assert trusted() == "first" and endpoint.ssl is endpoint.ssl
+    identity(tmp_path, "second")
+    assert trusted() == "second"
+    only_client = module.Endpoint("https://ray", None, True, "", certificate=files)
+    before = only_client.ssl
+    identity(tmp_path, "third")
+    assert only_client.ssl is not before and only_client.ssl is only_client.ssl

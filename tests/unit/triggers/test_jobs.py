@@ -118,3 +118,28 @@ def test_poll_ends_with_the_last_who_waits_and_begins_again(ray):
             assert ray.requests["get"] == before
 
     asyncio.run(asyncio.wait_for(wait(), 30))
+
+
+def test_poll_that_closes_its_session_leaves_the_one_that_has_begun_meanwhile(ray, monkeypatch):
+    ray.jobs = {"a": {"status": "RUNNING"}}
+    leave = RayJobsHook.__aexit__
+
+    async def slowly(self, *args) -> None:
+        await asyncio.sleep(0.4)
+        await leave(self, *args)
+
+    monkeypatch.setattr(RayJobsHook, "__aexit__", slowly)
+
+    async def wait() -> None:
+        polls = _jobs._POLLS.setdefault(asyncio.get_running_loop(), {})
+        await next_look(RayJobsHook().endpoint, "a", 0.1)
+        (first,) = polls.values()
+        while polls:
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(until_over(ray, "a", 0.1))
+        await asyncio.wait({first._task})
+        (second,) = polls.values()
+        assert second is not first
+        waiting.cancel()
+
+    asyncio.run(asyncio.wait_for(wait(), 30))

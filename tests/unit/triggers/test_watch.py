@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import gc
 
 import pytest
 
@@ -296,3 +298,33 @@ async def test_a_burst_leaves_the_loop_to_others(server):
             pass
         task.cancel()
     assert max(before - after for before, after in zip([1000, *left], left)) <= 100
+
+
+TASK = contextvars.ContextVar("TASK", default="nobody's")
+
+
+@pytest.mark.parametrize(("own", "whose"), [(False, "nobody's"), (True, "the first's")])
+async def test_what_a_shared_watch_logs_belongs_to_no_task(server, monkeypatch, own, whose):
+    logged = []
+    monkeypatch.setattr(_watch.log, "info", lambda *args: logged.append(TASK.get()))
+    server.lists.put_nowait(ExternalSystemError("away"))
+    server.lists.put_nowait(table(row("a", 1), version=1))
+    TASK.set("the first's")
+    async with watch("kube", RAYJOB, "ml", hook=server if own else None) as shared:
+        await soon(shared.follow("a"))
+    assert logged == [whose]
+
+
+async def test_names_that_nobody_follows_any_more_are_forgotten(server):
+    server.lists.put_nowait(table(*(row(f"a{number}", 1) for number in range(50)), version=1))
+    async with watched() as shared:
+        for number in range(50):
+            await soon(shared.follow(f"a{number}"))
+        again, other = shared.follow("a0"), shared.follow("a0")
+        await soon(again)
+        await soon(other)
+        del other
+        gc.collect()
+        assert list(shared._followers) == ["a0"]
+        server.events.put_nowait(("MODIFIED", table(row("a0", 2, "RUNNING"))))
+        assert await status(again) == "RUNNING"
