@@ -156,7 +156,15 @@ class Training:
             return self.event(seen=vars(seen))
         from airflow.triggers.base import TaskSuccessEvent
 
-        end = TaskSuccessEvent(xcoms=xcoms)
+        if self._task is None:
+            end = TaskSuccessEvent(xcoms=xcoms)
+        else:
+            try:
+                await _push(self._task, xcoms)
+            except Exception as error:
+                log.warning("the XComs cannot be pushed from the triggerer, so a worker will: %s", error)
+                return self.event(seen=vars(seen))
+            end = TaskSuccessEvent()
         # ``dag.test()`` ends no task here: it hands the payload, which a triggerer never looks at, to the operator.
         end.payload = self.event(seen=vars(seen)).payload
         return end
@@ -220,7 +228,11 @@ class LogRelay:
             reader.result()
         finally:
             reader.cancel()
-            await self._pass_on()
+            try:
+                await self._pass_on()
+            finally:
+                # What it reads from is the caller's, who may close it next.
+                await asyncio.gather(reader, return_exceptions=True)
 
     async def _gather(self, lines: AsyncGenerator[tuple[Any, str]]) -> None:
         async with aclosing(lines):

@@ -112,6 +112,45 @@ def test_success_ends_in_the_triggerer_with_all_its_xcoms(spec, status):
     assert event.xcoms == {"return_value": value}
 
 
+class Instance:
+    """What a trigger knows of its task instance."""
+
+    dag_id, task_id, run_id, map_index = "d", "t", "r", 3
+
+
+class Comms:
+    """The triggerer behind a trigger, which stores XComs for it."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.stored = error, {}
+
+    async def asend(self, message) -> None:
+        if self.error:
+            raise self.error
+        assert (message.dag_id, message.task_id, message.run_id, message.map_index) == ("d", "t", "r", 3)
+        self.stored[message.key] = message.value
+
+
+def test_triggerer_stores_the_xcoms_and_its_event_has_none(spec, monkeypatch):
+    """Those of an event would be stored as text of JSON, which the next task would take for text."""
+    result, comms = finished(spec), Comms()
+    monkeypatch.setattr("airflow.sdk.execution_time.task_runner.SUPERVISOR_COMMS", comms, raising=False)
+    event = asyncio.run(training(spec, task=Instance()).over(Observation("SUCCEEDED")))
+    value = outcome(spec, result, price_per_gpu_hour=3.6)
+    assert event.task_instance_state == "success" and not event.xcoms
+    assert comms.stored == {**value, "return_value": value}
+    # dag.test() looks at this only.
+    assert event.payload["seen"]["status"] == "SUCCEEDED" and event.payload["state"]["more"] == 1
+
+
+def test_xcoms_that_the_triggerer_cannot_store_are_left_to_a_worker(spec, monkeypatch):
+    finished(spec)
+    comms = Comms(RuntimeError("the API server is away"))
+    monkeypatch.setattr("airflow.sdk.execution_time.task_runner.SUPERVISOR_COMMS", comms, raising=False)
+    event = asyncio.run(training(spec, task=Instance()).over(Observation("SUCCEEDED")))
+    assert not hasattr(event, "task_instance_state") and event.payload["seen"]["status"] == "SUCCEEDED"
+
+
 @pytest.mark.parametrize(
     "changes", [{"attempt": 1}, {"status": "FAILED", "exit_class": "app"}, None], ids=["earlier", "failed", "none"]
 )
@@ -266,6 +305,28 @@ def test_log_of_a_killed_follower_is_repeated_by_one_batch_at_most(spec):
     asyncio.run(follow(shown.append))
     repeated = [line for line in shown[before:] if line in shown[:before]]
     assert set(shown) == set(LINES) and 0 < len(repeated) < 60
+
+
+def test_nothing_reads_any_more_when_the_follower_has_ended(spec):
+    """Whoever followed closes the connection next."""
+    closed = []
+
+    async def slow_to_close():
+        try:
+            yield 1, "one"
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+            closed.append(True)
+
+    async def follow() -> None:
+        following = asyncio.create_task(LogRelay(spec, lambda line: None, every=0.01).follow(lambda _: slow_to_close()))
+        await asyncio.sleep(0.1)
+        following.cancel()
+        await asyncio.wait({following})
+        assert closed
+
+    asyncio.run(follow())
 
 
 def test_log_is_noted_once_per_interval(spec, monkeypatch):
