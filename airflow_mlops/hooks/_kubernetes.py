@@ -226,8 +226,8 @@ def checked(call: Call, answer: Answer) -> Answer:
     if code == 404 and _kind_unknown(answer):
         raise InvalidInputError(
             f"{refused}. The cluster does not serve {call.path.split('/namespaces/')[0]}: is its CRD installed "
-            "(for ray.io: KubeRay 1.6 or newer; for kueue.x-k8s.io: a Kueue that serves v1beta2), and is this the "
-            "right cluster?"
+            "(for ray.io: KubeRay 1.6 or newer; for kueue.x-k8s.io: Kueue 0.15 or newer, which serves v1beta2), and is "
+            "this the right cluster?"
         )
     if code == 409:
         raise ConcurrentChangeError(f"{refused}. Somebody changed it first: read it again and decide anew")

@@ -371,7 +371,7 @@ class CustomResourceHook(KubernetesConnection):
             namespace = self.namespace_of()
             about = f"Kubernetes {self._run(api.version(self.patience))} at {self._client().configuration.host}"
             if not self._run(api.serves(RAYJOB, self.patience)):
-                return False, f"{about} has no {RAYJOB.plural} of {RAYJOB.api_version}: install KubeRay 1.1 or newer"
+                return False, f"{about} has no {RAYJOB.plural} of {RAYJOB.api_version}: install KubeRay 1.6 or newer"
             if denied := self._run(api.lacking(namespace, self.patience)):
                 return False, f"{about}: in namespace {namespace!r} the account may not {', '.join(denied)}"
         except MlopsError as error:

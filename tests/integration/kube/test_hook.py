@@ -597,7 +597,7 @@ def test_a_cluster_without_kuberay(tmp_path, monkeypatch):
         connect(monkeypatch, kube_config_path=str(server.kubeconfig(tmp_path / "config")))
         good, message = CustomResourceHook("kube").test_connection()
     assert not good
-    assert "install KubeRay" in message
+    assert "install KubeRay 1.6" in message
 
 
 def test_the_connection_page_finds_the_hook(kubeconfig, monkeypatch):

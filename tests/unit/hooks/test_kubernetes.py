@@ -112,7 +112,7 @@ def test_what_another_try_made_is_not_ours(script):
             status(403, "Forbidden", 'User "u" cannot create resource "rayjobs"', name="a"),
             "lacks the verb 'create' on rayjobs in 'ml'",
         ),
-        (answer(404, "404 page not found\n"), "CRD installed .*KubeRay 1.6 or newer"),
+        (answer(404, "404 page not found\n"), "CRD installed .*KubeRay 1.6 or newer.*Kueue 0.15 or newer"),
         (status(404, "NotFound", 'namespaces "ml" not found', name="ml", kind="namespaces"), 'namespaces "ml"'),
     ],
 )
