@@ -5,7 +5,7 @@ Every run gets a cluster: a head on demand, workers with one GPU each on spot no
 more checkpoint, a lost cluster is replaced, and both go on from the last checkpoint. `num_workers=(2, 4)` lets training
 start with two GPUs and use four as soon as there are that many.
 
-Needs KubeRay, an image with Ray and this package (`docker/training-cuda.Dockerfile`), a connection of type `kuberay`,
+Needs KubeRay, an image with Ray and this package (`docker/training.Dockerfile`), a connection of type `kuberay`,
 rights in the namespace (`docker/kubernetes/rbac.yaml`), and object storage that pods and Airflow reach; the pods get
 their keys from the Secret `s3-credentials`.
 """
