@@ -249,14 +249,8 @@ class JobsRunner:
             multiple_outputs=self._multiple_outputs,
         )
 
-    def wait(self, spec: TrainingSpec) -> Observation:
-        """Look until the attempt is over, lost or out of reach."""
-        end = self.wait_within(spec, None)
-        assert isinstance(end, Observation)
-        return end
-
-    def wait_within(self, spec: TrainingSpec, watch: LimitWatch | None) -> Observation | Breach:
-        """Like :meth:`wait`, held to limits: one that is broken is returned once the attempt has been stopped.
+    def wait_within(self, spec: TrainingSpec, watch: LimitWatch) -> Observation | Breach:
+        """Look until the attempt is over, lost or out of reach, or a limit is broken and it has been stopped.
 
         :param watch: the limits, and how far the training is
         :raises ExternalSystemError: the attempt has broken a limit and does not end
@@ -268,7 +262,7 @@ class JobsRunner:
         self.show_tail(spec)
         return end
 
-    def _until_over(self, spec: TrainingSpec, watch: LimitWatch | None) -> Observation | Breach:
+    def _until_over(self, spec: TrainingSpec, watch: LimitWatch) -> Observation | Breach:
         patience, admitted = Patience(self._unreachable_timeout), False
         while True:
             seen: Observation | None = None
@@ -284,8 +278,7 @@ class JobsRunner:
                 seen = patience.silent(time.monotonic(), str(error))
             if seen is not None and seen.status in FINAL:
                 return seen
-            broken = watch.check(status) if watch is not None else None
-            if broken is not None:
+            if (broken := watch.check(status)) is not None:
                 return broken
             time.sleep(self._poll_interval)
 

@@ -121,9 +121,9 @@ def test_refused_token_is_an_error_at_once_and_silence_later(dashboard, spec):
     attempts = runner()
     started(dashboard, spec, attempts)
     threading.Timer(0.2, setattr, [dashboard, "token", "rotated"]).start()
-    assert attempts.wait(spec).status == "UNREACHABLE"
+    assert attempts.wait_within(spec, watch(spec)).status == "UNREACHABLE"
     with pytest.raises(AccessRefusedError):
-        attempts.wait(spec)
+        attempts.wait_within(spec, watch(spec))
 
 
 def test_live_log_is_whole_and_the_next_worker_goes_on(dashboard, spec):
@@ -141,10 +141,10 @@ def test_live_log_is_whole_and_the_next_worker_goes_on(dashboard, spec):
         dashboard.finish(name)
 
     threading.Thread(target=write, daemon=True).start()
-    assert attempts.wait(spec).status == "SUCCEEDED"
+    assert attempts.wait_within(spec, watch(spec)).status == "SUCCEEDED"
     assert shown == [*lines, "the end"]
     again: list[str] = []
-    runner(again, logs="live").wait(spec)
+    runner(again, logs="live").wait_within(spec, watch(spec))
     assert again == []
 
 
@@ -173,5 +173,5 @@ def test_end_of_the_log_is_shown_as_asked(dashboard, spec, logs, count):
     name = started(dashboard, spec, attempts)
     dashboard.write(name, "".join(f"{number}\n" for number in range(300)))
     dashboard.finish(name)
-    attempts.wait(spec)
+    attempts.wait_within(spec, watch(spec))
     assert shown == [str(number) for number in range(300 - count, 300)]
