@@ -173,7 +173,7 @@ def known_fields(what: str, kind: type, value: Any) -> dict[str, Any]:
     """
     names = [entry.name for entry in fields(kind)]
     refuse_misspelt(what, mapping_of(what, value), names)
-    if unknown := sorted(set(value) - set(names)):
+    if unknown := sorted(str(name) for name in set(value) - set(names)):
         raise InvalidInputError(f"{what} has unknown fields {', '.join(unknown)}; expected {', '.join(names)}")
     return dict(value)
 

@@ -180,7 +180,7 @@ class KubeCluster:
     def _check_basics(self) -> None:
         if not isinstance(self.image, str) or not self.image or re.search(r"\s", self.image):
             raise InvalidInputError(f"image is {self.image!r}; expected the image of head and workers")
-        if self.ray_version is not None:
+        if self.ray_version not in (None, ""):
             # 2.60 without quotes would be the number 2.6.
             text_of("ray_version", self.ray_version, "2.60.0")
         text_of("submission_mode", self.submission_mode, "K8sJobMode")
@@ -204,7 +204,7 @@ class KubeCluster:
 
     def _check_pods(self) -> None:
         for name, kind in (("service_account", "ServiceAccount"), ("auth_secret", "Secret")):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, ""):
                 name_of(name, getattr(self, name), kind)
         list_of_dicts("tolerations", self.tolerations)
         mapping_of("affinity", self.affinity)
@@ -227,7 +227,7 @@ class KubeCluster:
                 raise InvalidInputError(f"{what} has {self.gpu.resource_name}, which gpu asks for already")
         mapping_of("entrypoint_resources", self.entrypoint_resources)
         refuse_misspelt("entrypoint_resources", self.entrypoint_resources, ("cpu", "gpu", "resources"))
-        if unknown := sorted(set(self.entrypoint_resources) - {"cpu", "gpu", "resources"}):
+        if unknown := sorted(str(name) for name in set(self.entrypoint_resources) - {"cpu", "gpu", "resources"}):
             raise InvalidInputError(f"entrypoint_resources has {', '.join(unknown)}; expected cpu, gpu, resources")
         for name in {"cpu", "gpu"} & set(self.entrypoint_resources):
             amount = self.entrypoint_resources[name]

@@ -103,9 +103,9 @@ class Gpu:
         one_of("gpu.kind", self.kind, ("full", "mig", "shared", "dra"))
         count("gpu.count", self.count, at_least=1)
         for name, example in (("profile", "1g.10gb"), ("resource", "nvidia.com/gpu"), ("claim_template", "one-gpu")):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, ""):
                 text_of(f"gpu.{name}", getattr(self, name), example)
-        if self.claim_template is not None:
+        if self.claim_template:
             name_of("gpu.claim_template", self.claim_template, "ResourceClaimTemplate")
         if self.kind in ("mig", "shared") and self.count != 1:
             raise InvalidInputError(
@@ -155,7 +155,7 @@ class Gang:
         one_of("gang.scheduler", self.scheduler, SCHEDULERS)
         for name in ("queue", "priority"):
             value = getattr(self, name)
-            if value is None and name == "priority":
+            if value in (None, "") and name == "priority":
                 continue
             if not (isinstance(value, str) and value and LABEL_VALUE.match(value)):
                 raise InvalidInputError(f"gang.{name} is {value!r}; expected the name of one, at most 63 characters")

@@ -17,8 +17,8 @@ from airflow_mlops.training.spec import TrainingSpec
 IMAGE = "rayproject/ray:2.60.0-py311-gpu"
 
 
-def cluster(**values) -> KubeCluster:
-    return KubeCluster.from_mapping({"image": IMAGE, **values})
+def cluster(given=None, /, **values) -> KubeCluster:
+    return KubeCluster.from_mapping({"image": IMAGE, **(given or {}), **values})
 
 
 def spec(**values) -> TrainingSpec:
@@ -61,6 +61,12 @@ def test_round_trip_through_json():
     made = cluster(gpu={"kind": "mig", "profile": "1g.10gb"}, spot={"provider": "gke"})
     again = KubeCluster.from_mapping(json.loads(json.dumps(made.to_json())))
     assert again.to_json() == json.loads(json.dumps(made.to_json()))
+
+
+def test_an_empty_text_of_a_template_is_none():
+    texts = {"ray_version": "", "service_account": "", "auth_secret": "", "gpu": {"profile": "", "claim_template": ""}}
+    made = cluster(gang={"scheduler": "volcano", "queue": "q", "priority": ""}, **texts)
+    assert made.gpu.resource_name == "nvidia.com/gpu"
 
 
 def test_false_leaves_a_part_out():
@@ -107,6 +113,8 @@ def test_each_kind_of_gpu_asks_for_its_resource(gpu, resource):
             {"env": [{"name": "A", "value": "b"}]},
             'env is a list of name and value, as in a pod; expected a dict such as {"',
         ),
+        ({7: "x"}, "cluster has unknown fields 7; expected image"),
+        ({"entrypoint_resources": {7: 1}}, "entrypoint_resources has 7; expected cpu, gpu, resources"),
         ({"env": "A=b"}, "env is 'A=b'; expected a dict"),
         ({"env": {"A B": "c"}}, "env has 'A B'; expected names of letters, digits and '_'"),
         ({"runtime_env": ["torch"]}, "runtime_env is ['torch']; expected a dict"),
@@ -286,7 +294,7 @@ def test_each_kind_of_gpu_asks_for_its_resource(gpu, resource):
 )
 def test_bad_input_is_named_with_what_was_expected(values, words):
     with pytest.raises(InvalidInputError, match=re.escape(words)):
-        cluster(**values)
+        cluster(values)
 
 
 @pytest.mark.parametrize(
