@@ -149,7 +149,18 @@ def json_of(what: str, value: Any) -> Any:
         raise InvalidInputError(
             f"{what} cannot be written into a manifest ({error}); expected strings, numbers, booleans, lists and dicts"
         ) from None
+    if (name := _odd_name(value)) is not None:
+        raise InvalidInputError(f"{what} has the field {name!r} ({type(name).__name__}); expected strings as names")
     return value
+
+
+def _odd_name(value: Any) -> Any:
+    """A name of a field, however deep, that is no string; None without one."""
+    if isinstance(value, Mapping):
+        odd = next((name for name in value if not isinstance(name, str)), None)
+        return odd if odd is not None else _odd_name(list(value.values()))
+    found = (_odd_name(item) for item in value) if isinstance(value, list | tuple) else ()
+    return next((name for name in found if name is not None), None)
 
 
 def check_labels(what: str, labels: Any) -> None:

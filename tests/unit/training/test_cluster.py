@@ -117,6 +117,8 @@ def test_each_kind_of_gpu_asks_for_its_resource(gpu, resource):
         ({"entrypoint_resources": {7: 1}}, "entrypoint_resources has 7; expected cpu, gpu, resources"),
         ({"env": "A=b"}, "env is 'A=b'; expected a dict"),
         ({"env": {"A B": "c"}}, "env has 'A B'; expected names of letters, digits and '_'"),
+        ({"runtime_env": {1: 2}}, "runtime_env has the field 1 (int); expected strings as names"),
+        ({"affinity": {"a": [{"b": {2.5: 1}}]}}, "affinity has the field 2.5 (float); expected strings as names"),
         ({"runtime_env": ["torch"]}, "runtime_env is ['torch']; expected a dict"),
         ({"runtime_env": {"pip": {"torch"}}}, "runtime_env cannot be written into a manifest"),
         ({"runtime_env": {"env_vars": [1]}}, "runtime_env['env_vars'] is a list; expected a dict"),
