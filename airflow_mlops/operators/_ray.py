@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from airflow_mlops.triggers._training import LimitWatch
     from airflow_mlops.triggers.ray import RayJobTrigger
 
-#: Seconds in which the rest of a live log is passed on once the job is over, and between two looks whether it is.
-LOG_DRAIN, LOG_LOOK = 30.0, 0.2
+#: Seconds between two looks whether a job whose log is live is over.
+LOG_LOOK = 0.2
 
 
 @dataclass(frozen=True)
@@ -332,13 +332,13 @@ class JobsRunner:
         if self._logs != "live":
             yield
             return
-        from airflow_mlops.triggers._training import LogRelay, ended_with
+        from airflow_mlops.triggers._training import DRAIN, LogRelay, ended_with
 
         # Connections are looked up in the thread that runs the task.
         hook = RayJobsHook(endpoint=self.hook.endpoint)
         relay = LogRelay(spec, self._on_line)
         over = threading.Event()
-        patience = LOG_DRAIN
+        patience = DRAIN
 
         async def follow() -> None:
             lines = asyncio.create_task(

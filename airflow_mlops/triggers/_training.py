@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_mlops import storage
-from airflow_mlops.exceptions import MlopsError
+from airflow_mlops.exceptions import ExternalSystemError, MlopsError
 from airflow_mlops.training.decide import Observation, next_action
 from airflow_mlops.training.fence import read_owner
 from airflow_mlops.training.limits import Breach, Limits, Times, breach, remaining, updated
@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 #: Lines of a log after which they are passed on before their time.
 BATCH = 1000
+#: Seconds in which the rest of a log is passed on once the job is over.
+DRAIN = 30.0
+#: Tries of ``on_kill`` to end what runs, and the seconds between them; Airflow gives it 30 s.
+KILL_TRIES, KILL_PAUSE = 4, 3.0
 
 
 def ends_in_triggerer(operator: BaseOperator) -> bool:
@@ -270,6 +276,60 @@ class LogRelay:
             storage.write_json(self._uri, {"place": place})
         except Exception as error:  # a log must not end a training
             log.warning("how far the log was read cannot be noted: %s", error)
+
+
+@asynccontextmanager
+async def log_shown(
+    how: str,
+    spec: TrainingSpec | None,
+    *,
+    emit: Callable[[str], None],
+    source: Callable[[Any, asyncio.Event], AsyncGenerator[tuple[Any, str]]],
+    tail: Callable[[], Awaitable[str]],
+    warn: Callable[..., object],
+) -> AsyncIterator[None]:
+    """Show the log of what the block waits for.
+
+    :param how: ``"off"``; ``"tail"``: its end, after the block; ``"live"``: as it is written, and up to 30 s longer
+    :param spec: the attempt; without one, live is shown as a tail
+    :param emit: takes a line
+    :param source: see :meth:`LogRelay.follow`; called with an event, too, which is set when the block has ended
+    :param tail: gives the end of the log
+    :param warn: a logger's ``warning``, told why the log cannot be had
+    """
+    if how != "live" or spec is None:
+        yield
+        if how != "off":
+            try:
+                text = await tail()
+            except MlopsError as error:
+                warn("%s", ended_with(error))
+                return
+            for line in text.splitlines():
+                emit(line)
+        return
+    over = asyncio.Event()
+    following = asyncio.create_task(LogRelay(spec, emit).follow(lambda place: source(place, over)), name="driver's log")
+    try:
+        yield
+        over.set()
+        await asyncio.wait({following}, timeout=DRAIN)
+    finally:
+        following.cancel()
+        (end,) = await asyncio.gather(following, return_exceptions=True)
+        if isinstance(end, Exception):
+            warn("%s", ended_with(end))
+
+
+async def insist(ask: Callable[[], Awaitable[Result]], warn: Callable[..., object]) -> Result:
+    """The answer, asked for again while the other side is away: for ``on_kill``, which nobody calls twice."""
+    for _ in range(KILL_TRIES - 1):
+        try:
+            return await ask()
+        except ExternalSystemError as error:
+            warn("%s", error)
+            await asyncio.sleep(KILL_PAUSE)
+    return await ask()
 
 
 def ended_with(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
@@ -15,14 +15,10 @@ from airflow_mlops.hooks.ray import LOG_TAIL, AccessRefusedError, RayJobsHook
 from airflow_mlops.training.decide import FINAL, Observation, Patience
 from airflow_mlops.training.limits import Breach
 from airflow_mlops.triggers._jobs import next_look
-from airflow_mlops.triggers._training import LogRelay, Training, ended_with
+from airflow_mlops.triggers._training import Training, insist, log_shown
 
-#: Seconds in which the rest of the log is passed on once the job is over.
-DRAIN = 30.0
 #: Seconds beyond the stop timeout that a job has to be seen ended.
 STOP_MARGIN = 15.0
-#: Tries of ``on_kill`` to stop the job, and the seconds between them; Airflow gives it 30 s.
-KILL_TRIES, KILL_PAUSE = 4, 3.0
 
 
 class RayJobTrigger(BaseTrigger):
@@ -173,34 +169,18 @@ class RayJobTrigger(BaseTrigger):
             await asyncio.sleep(min(1.0, self.poll_interval))
         return training.event(breach=broken.to_json(), seen=vars(seen))
 
-    @asynccontextmanager
-    async def _log_shown(self, hook: RayJobsHook, training: Training) -> AsyncIterator[None]:
-        if self.logs != "live" or training.spec is None:
-            yield
-            if self.logs != "off":
-                await self._show_tail(hook)
-            return
-        relay = LogRelay(training.spec, lambda line: self.log.info("%s", line))
-        following = asyncio.create_task(
-            relay.follow(lambda place: hook.alog_lines(self.submission_id, int(place or 0))), name="driver's log"
-        )
-        try:
-            yield
-            await asyncio.wait({following}, timeout=DRAIN)
-        finally:
-            following.cancel()
-            (end,) = await asyncio.gather(following, return_exceptions=True)
-            if isinstance(end, Exception):
-                self.log.warning("%s", ended_with(end))
+    def _log_shown(self, hook: RayJobsHook, training: Training) -> AbstractAsyncContextManager[None]:
+        async def tail() -> str:
+            return "\n".join((await hook.alogs(self.submission_id)).splitlines()[-LOG_TAIL:])
 
-    async def _show_tail(self, hook: RayJobsHook) -> None:
-        try:
-            text = await hook.alogs(self.submission_id)
-        except MlopsError as error:
-            self.log.warning("%s", ended_with(error))
-            return
-        for line in text.splitlines()[-LOG_TAIL:]:
-            self.log.info("%s", line)
+        return log_shown(
+            self.logs,
+            training.spec,
+            emit=lambda line: self.log.info("%s", line),
+            source=lambda place, _: hook.alog_lines(self.submission_id, int(place or 0)),
+            tail=tail,
+            warn=self.log.warning,
+        )
 
     async def on_kill(self) -> None:
         """Stop the job: a user has cleared the deferred task or set its state."""
@@ -208,14 +188,7 @@ class RayJobTrigger(BaseTrigger):
             return
         self.log.info("stopping Ray job %s", self.submission_id)
         async with self._hook as hook:
-            for left in reversed(range(KILL_TRIES)):
-                try:
-                    return await hook.astop(self.submission_id)
-                except ExternalSystemError as error:
-                    if not left:
-                        raise
-                    self.log.warning("%s", error)
-                    await asyncio.sleep(KILL_PAUSE)
+            await insist(lambda: hook.astop(self.submission_id), self.log.warning)
 
 
 class PauseTrigger(BaseTrigger):

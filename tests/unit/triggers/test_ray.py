@@ -23,7 +23,7 @@ from airflow_mlops.triggers.ray import PauseTrigger, RayJobTrigger
 def fast(monkeypatch):
     monkeypatch.setattr(hooks, "LOG_PAUSE", 0.01)
     monkeypatch.setattr(ray, "STOP_MARGIN", 0.5)
-    monkeypatch.setattr(ray, "KILL_PAUSE", 0.05)
+    monkeypatch.setattr(_training, "KILL_PAUSE", 0.05)
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_tail_shows_the_last_lines_once(dashboard, spec):
 
 
 def test_log_that_cannot_be_had_delays_no_event(dashboard, spec, monkeypatch):
-    monkeypatch.setattr(ray, "DRAIN", 0.3)
+    monkeypatch.setattr(_training, "DRAIN", 0.3)
     shown = Shown()
 
     async def wait():
