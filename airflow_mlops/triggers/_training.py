@@ -46,7 +46,8 @@ def ends_in_triggerer(operator: BaseOperator) -> bool:
     text: so they are pushed beforehand) and no more. It runs neither
     ``on_success_callback`` (the callback request it sends is dropped, as only those of failures are run) nor
     ``post_execute``, registers no events of outlets, calls no listener (OpenLineage is one), and stores XComs as plain
-    JSON past a custom XCom backend. An operator that has any of these ends on a worker.
+    JSON past a custom XCom backend. What else a worker notes with an XCom, its length for tasks that are mapped over it
+    and that it is the result of the Dag, a trigger does not know. An operator that has any of these ends on a worker.
     """
     from airflow.sdk import BaseOperator
     from airflow.sdk.bases.xcom import BaseXCom
@@ -60,6 +61,8 @@ def ends_in_triggerer(operator: BaseOperator) -> bool:
         and not operator.on_success_callback
         and getattr(operator, "_post_execute_hook", None) is None
         and type(operator).post_execute is BaseOperator.post_execute
+        and not operator.returns_dag_result
+        and not (operator.has_dag() and any(True for _ in operator.iter_mapped_dependants()))
         and not get_listener_manager().has_listeners
     )
 

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from airflow.sdk import BaseOperator
+from airflow.sdk import DAG, BaseOperator
 
 from airflow_mlops import storage
 from airflow_mlops.training.decide import Observation
@@ -213,6 +213,14 @@ def test_only_a_task_with_nothing_else_to_do_ends_in_the_triggerer(monkeypatch):
     assert not ends_in_triggerer(Task(task_id="t", post_execute=lambda context, result: None))
     assert not ends_in_triggerer(Posting(task_id="t"))
     assert ends_in_triggerer(Task(task_id="t", on_failure_callback=lambda context: None))
+    with DAG("d", schedule=None):
+        mapped_over, read = Task(task_id="t"), Task(task_id="u")
+        Task.partial(task_id="v").expand_kwargs(mapped_over.output)
+        read >> Task(task_id="w")
+    assert not ends_in_triggerer(mapped_over) and ends_in_triggerer(read)
+    result = Task(task_id="t")
+    result.returns_dag_result = True
+    assert not ends_in_triggerer(result)
     with monkeypatch.context() as patch:
         patch.setattr(xcom, "XCom", Backend)
         assert not ends_in_triggerer(Task(task_id="t"))
