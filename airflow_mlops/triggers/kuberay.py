@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
@@ -18,21 +18,17 @@ from airflow_mlops.training.manifest import MANAGED_BY, MANAGED_BY_LABEL
 from airflow_mlops.training.parts import Gang
 from airflow_mlops.training.rayjob import INCOMPLETE, RayJobView, observe
 from airflow_mlops.training.spec import TrainingSpec, submission_id_of
-from airflow_mlops.triggers._training import LogRelay, Training, ended_with
+from airflow_mlops.triggers._training import Training, insist, log_shown
 from airflow_mlops.triggers._watch import Row, SharedWatch, watch
 
 if TYPE_CHECKING:
     from airflow_mlops.hooks.kuberay import RayJobHook
 
 LOG_TAIL = 200
-#: Seconds in which the rest of the log is passed on once the job is over.
-DRAIN = 30.0
 #: Seconds after which the promised scheduler must have acted, and between two looks at a queue.
 PREFLIGHT, QUEUE_LOOK = 60.0, 60.0
 #: Seconds that a stopped attempt's pods have to go.
 PODS_GO = 180.0
-#: Tries of ``on_kill`` to delete the RayJob, and the seconds between them; Airflow gives it 30 s.
-KILL_TRIES, KILL_PAUSE = 4, 3.0
 
 
 class RayJobResourceTrigger(BaseTrigger):
@@ -137,16 +133,8 @@ class RayJobResourceTrigger(BaseTrigger):
             return
         spec = TrainingSpec.from_json(self.state["spec"])
         async with await self._hook() as hook:
-            for left in reversed(range(KILL_TRIES)):
-                try:
-                    deleted = await hook.cancel(spec, self.try_number)
-                    self.log.info("RayJob %s %s", submission_id_of(spec), "is deleted" if deleted else "is not ours")
-                    return
-                except ExternalSystemError as error:
-                    if not left:
-                        raise
-                    self.log.warning("%s", error)
-                    await asyncio.sleep(KILL_PAUSE)
+            deleted = await insist(lambda: hook.cancel(spec, self.try_number), self.log.warning)
+        self.log.info("RayJob %s %s", submission_id_of(spec), "is deleted" if deleted else "is not ours")
 
     async def _discard(self, hook: RayJobHook, spec: TrainingSpec) -> None:
         """Delete what nobody needs any more: its GPUs are free at once, not when the RayJob's TTL is over."""
@@ -169,36 +157,17 @@ class RayJobResourceTrigger(BaseTrigger):
         hook = self._new_hook() if self._new_hook is not None else None
         return watch(resource=RAYJOB, selector=selector, hook=hook, **self.connection)
 
-    @asynccontextmanager
-    async def _log_shown(self, hook: RayJobHook, training: Training) -> AsyncIterator[None]:
-        spec = training.spec
-        if self.logs != "live" or spec is None:
-            yield
-            if self.logs != "off" and spec is not None:
-                await self._show_tail(hook, spec)
-            return
-        relay, over = LogRelay(spec, self._on_line), asyncio.Event()
-        following = asyncio.create_task(
-            relay.follow(lambda place: hook.driver_log(spec, place, over)), name="driver's log"
+    def _log_shown(self, hook: RayJobHook, training: Training) -> AbstractAsyncContextManager[None]:
+        if (spec := training.spec) is None:
+            return nullcontext()
+        return log_shown(
+            self.logs,
+            spec,
+            emit=self._on_line,
+            source=lambda place, over: hook.driver_log(spec, place, over),
+            tail=lambda: hook.tail(spec, LOG_TAIL),
+            warn=self.log.warning,
         )
-        try:
-            yield
-            over.set()
-            await asyncio.wait({following}, timeout=DRAIN)
-        finally:
-            following.cancel()
-            (end,) = await asyncio.gather(following, return_exceptions=True)
-            if isinstance(end, Exception):
-                self.log.warning("%s", ended_with(end))
-
-    async def _show_tail(self, hook: RayJobHook, spec: TrainingSpec) -> None:
-        try:
-            text = await hook.tail(spec, LOG_TAIL)
-        except MlopsError as error:
-            self.log.warning("%s", ended_with(error))
-            return
-        for line in text.splitlines():
-            self._on_line(line)
 
 
 class _Following:

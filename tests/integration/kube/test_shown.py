@@ -20,6 +20,7 @@ from airflow_mlops.links import GrafanaLink, RayDashboardLink
 from airflow_mlops.operators.ray import RayTrainOperator
 from airflow_mlops.training.manifest import run_selector
 from airflow_mlops.training.spec import TrainingSpec, submission_id_of
+from airflow_mlops.triggers import _training
 from airflow_mlops.triggers import kuberay as triggers
 
 LINES = [f"line {number}" for number in range(60)]
@@ -47,7 +48,7 @@ def shown(monkeypatch) -> Shown:
     found = Shown()
     monkeypatch.setattr(RayTrainOperator, "_log_line", found)
     # Lines are gathered for seconds, and this training has none to give.
-    monkeypatch.setattr(triggers, "LogRelay", functools.partial(triggers.LogRelay, every=0.1))
+    monkeypatch.setattr(_training, "LogRelay", functools.partial(_training.LogRelay, every=0.1))
     return found
 
 
@@ -142,7 +143,7 @@ def test_without_a_submitter_there_is_no_log_to_wait_for(simulator, kube_api, sh
     began = time.monotonic()
     http = {"submission_mode": "HTTPMode"}
     assert operator(tmp_path, logs="live", cluster=http).execute({"ti": Task()})["attempts"] == 1
-    assert shown == [] and time.monotonic() - began < triggers.DRAIN / 2
+    assert shown == [] and time.monotonic() - began < _training.DRAIN / 2
 
 
 HEAD = {"rayStartParams": {}, "template": {"spec": {"containers": [{"name": "ray-head", "image": "i"}]}}}
