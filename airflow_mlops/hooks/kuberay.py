@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, Literal
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError
 from airflow_mlops.hooks._kubernetes import Backoff
@@ -20,9 +20,9 @@ from airflow_mlops.hooks.kubernetes import (
 )
 from airflow_mlops.training.cluster import SUBMITTER
 from airflow_mlops.training.diagnose import diagnose_startup, preflight, queue_problem
-from airflow_mlops.training.manifest import ATTEMPT_LABEL, OWNER_TRY_ANNOTATION, RUN_LABEL, run_label, run_selector
+from airflow_mlops.training.manifest import ATTEMPT_LABEL, RUN_LABEL, Owner, run_label, run_selector
 from airflow_mlops.training.parts import Gang
-from airflow_mlops.training.rayjob import RayJobView
+from airflow_mlops.training.rayjob import OWNER_ANNOTATION, OWNER_TRY_ANNOTATION, RayJobView
 from airflow_mlops.training.spec import TrainingSpec, submission_id_of
 
 #: On a Workload: uid of the object that Kueue queues by it.
@@ -47,29 +47,32 @@ class RayJobHook(CustomResourceHook):
         found = await self.aget(RAYJOB, submission_id_of(spec))
         return None if found is None else RayJobView.of(found)
 
-    async def start(self, spec: TrainingSpec, manifest: Mapping[str, Any], try_number: int, patience: float) -> bool:
-        """Create the attempt's RayJob, or take over the one of that name; False if that one is on its way out.
+    async def start(
+        self, spec: TrainingSpec, manifest: Mapping[str, Any], owner: Owner, patience: float
+    ) -> Literal["created", "adopted"] | None:
+        """Create the attempt's RayJob, or take over the one of that name; None if that one is about to go.
 
         No other attempt of the run is alive when this creates one: their RayJobs are deleted, and their pods gone.
 
         :param manifest: of the RayJob
-        :param try_number: the try of the task that follows it from here on
+        :param owner: the task and the try of it that follow it from here on
         :param patience: seconds that other attempts' pods have to go
-        :raises ConcurrentChangeError: a RayJob of that name belongs to something else, or a later try follows the run
+        :raises ConcurrentChangeError: a RayJob of that name belongs to something else, or a later try or another task
+            follows the run
         :raises ExternalSystemError: pods of another attempt do not go
         """
-        await self._end_others(spec, try_number, patience)
+        await self._end_others(spec, owner, patience)
         if await self._created(manifest):
-            return True
+            return "created"
         found = await self.aget(RAYJOB, submission_id_of(spec))
         if found is None:
-            return False
+            return None
         if (found["metadata"].get("labels") or {}).get(RUN_LABEL) != run_label(spec):
             raise ConcurrentChangeError(
                 f"a RayJob {submission_id_of(spec)} exists and belongs to another run; delete it, or use another "
                 "namespace or run_key"
             )
-        return await self.adopt(spec, try_number)
+        return "adopted" if await self.adopt(spec, owner) else None
 
     async def _created(self, manifest: Mapping[str, Any]) -> bool:
         for _ in range(_RACES):
@@ -86,19 +89,20 @@ class RayJobHook(CustomResourceHook):
             "quota at the same time"
         )
 
-    async def adopt(self, spec: TrainingSpec, try_number: int) -> bool:
+    async def adopt(self, spec: TrainingSpec, owner: Owner) -> bool:
         """Note on the attempt's RayJob that this try follows it; False if it is gone or about to go.
 
-        :raises ConcurrentChangeError: a later try follows it
+        :raises ConcurrentChangeError: a later try or another task follows it
         """
         for _ in range(_RACES):
             view = await self.view(spec)
             if view is None or view.deleting:
                 return False
-            self._refuse_to_rob(view, try_number)
-            if view.owner_try == try_number:
+            self._refuse_to_rob(view, owner)
+            if (view.owner, view.owner_try) == (owner.name, owner.try_number):
                 return True
-            change = {"metadata": {"annotations": {OWNER_TRY_ANNOTATION: str(try_number)}}}
+            notes = {OWNER_ANNOTATION: owner.name, OWNER_TRY_ANNOTATION: str(owner.try_number)}
+            change = {"metadata": {"annotations": notes}}
             try:
                 await self.apatch(RAYJOB, view.name, change, resource_version=view.resource_version)
                 return True
@@ -106,11 +110,11 @@ class RayJobHook(CustomResourceHook):
                 continue
         raise ExternalSystemError(f"RayJob {submission_id_of(spec)} changes too fast to be taken over")
 
-    async def cancel(self, spec: TrainingSpec, try_number: int) -> bool:
-        """Delete the attempt's RayJob unless a later try has taken it over; whether it was deleted."""
+    async def cancel(self, spec: TrainingSpec, owner: Owner) -> bool:
+        """Delete the attempt's RayJob unless a later try or another task follows it; whether it was deleted."""
         for _ in range(_RACES):
             view = await self.view(spec)
-            if view is None or view.deleting or view.owner_try is None or view.owner_try > try_number:
+            if view is None or view.deleting or view.owner_try is None or _robs(view, owner):
                 return False
             try:
                 return await self.adelete(RAYJOB, view.name, uid=view.uid, resource_version=view.resource_version)
@@ -118,23 +122,17 @@ class RayJobHook(CustomResourceHook):
                 continue
         raise ExternalSystemError(f"RayJob {submission_id_of(spec)} changes too fast to be deleted")
 
-    async def end(self, spec: TrainingSpec, try_number: int, patience: float) -> None:
+    async def end(self, spec: TrainingSpec, owner: Owner, patience: float) -> None:
         """Delete the attempt's RayJob and return when it and all its pods are gone.
 
-        :raises ConcurrentChangeError: a later try follows it
+        :raises ConcurrentChangeError: a later try or another task follows it
         :raises ExternalSystemError: they are not gone within ``patience`` seconds
         """
         deadline = time.monotonic() + patience
         while True:
             view = await self.view(spec)
             if view is not None:
-                self._refuse_to_rob(view, try_number)
-                if not view.deleting:
-                    try:
-                        await self.adelete(RAYJOB, view.name, uid=view.uid, resource_version=view.resource_version)
-                    except ConcurrentChangeError:
-                        await asyncio.sleep(0)
-                    continue
+                await self._delete(view, owner)
             pods = await self.apods(run_selector(spec, spec.attempt))
             if view is None and not pods:
                 return
@@ -146,25 +144,30 @@ class RayJobHook(CustomResourceHook):
         pods = await self.apods(run_selector(spec, spec.attempt))
         about = [pod["metadata"]["name"] for pod in pods] + [submission_id_of(spec)]
         events: list[Any] = []
-        if view is not None and view.cluster:
-            about.append(view.cluster)
+        if view is not None:
+            about += [_pod_group(view), *filter(None, [view.cluster])]
         for name in about:
             events += await self.aevents(name)
         workload = None if view is None or not view.queued else await self._workload(view)
         return diagnose_startup(pods, events, workload)
 
     async def scheduler_problem(self, spec: TrainingSpec, gang: Gang) -> str | None:
-        """What shows that the promised scheduler does not act on the attempt, None if it does."""
+        """What shows that the promised scheduler does not act on the attempt, None if it does.
+
+        :raises ExternalSystemError: there is nothing yet that shows either
+        """
         view = await self.view(spec)
-        if view is None:
-            return None
         pods = await self.apods(run_selector(spec, spec.attempt))
         groups, workloads = [], []
-        if gang.scheduler == "volcano":
-            group = await self.aget(PODGROUP, f"ray-{view.name}-pg")
+        if gang.scheduler == "volcano" and view is not None:
+            group = await self.aget(PODGROUP, _pod_group(view))
             groups = [group] if group else []
-        if gang.scheduler == "kueue":
+        if gang.scheduler == "kueue" and view is not None:
             workloads = [found] if (found := await self._workload(view)) else []
+        if view is None or (gang.scheduler != "kueue" and not pods and not groups):
+            raise ExternalSystemError(
+                f"RayJob {submission_id_of(spec)} has no pod yet, so whether {gang.scheduler} acts cannot be seen"
+            )
         return preflight(gang, pods=pods, pod_groups=groups, workloads=workloads)
 
     async def queue_problem(self, spec: TrainingSpec) -> str | None:
@@ -230,30 +233,40 @@ class RayJobHook(CustomResourceHook):
         found, _ = await self.alist(WORKLOAD, {JOB_UID_LABEL: view.uid})
         return found[0] if found else None
 
-    async def _end_others(self, spec: TrainingSpec, try_number: int, patience: float) -> None:
+    async def _end_others(self, spec: TrainingSpec, owner: Owner, patience: float) -> None:
         deadline = time.monotonic() + patience
         name = submission_id_of(spec)
         while True:
             jobs, _ = await self.alist(RAYJOB, run_selector(spec))
             others = [view for job in jobs if (view := RayJobView.of(job)).name != name]
             for view in others:
-                self._refuse_to_rob(view, try_number)
-                if not view.deleting:
-                    try:
-                        await self.adelete(RAYJOB, view.name, uid=view.uid, resource_version=view.resource_version)
-                    except ConcurrentChangeError:
-                        continue
+                await self._delete(view, owner)
             pods = await self.apods(f"{run_selector(spec)},{ATTEMPT_LABEL}!={spec.attempt}")
             if not pods and all(view.deleting for view in others):
                 return
             await self._not_later_than(deadline, "an earlier attempt", pods)
 
-    def _refuse_to_rob(self, view: RayJobView, try_number: int) -> None:
-        if view.owner_try is not None and view.owner_try > try_number:
+    async def _delete(self, view: RayJobView, owner: Owner) -> None:
+        """Delete it as it was seen; nothing happens if it has changed since, or is about to go."""
+        self._refuse_to_rob(view, owner)
+        if not view.deleting:
+            with suppress(ConcurrentChangeError):
+                await self.adelete(RAYJOB, view.name, uid=view.uid, resource_version=view.resource_version)
+
+    def _refuse_to_rob(self, view: RayJobView, owner: Owner) -> None:
+        if not _robs(view, owner):
+            return
+        if view.owner in (None, owner.name):
             raise ConcurrentChangeError(
-                f"RayJob {view.name} is followed by try {view.owner_try} of this task, and this is try {try_number}: "
-                "the task was cleared or retried meanwhile"
+                f"RayJob {view.name} is followed by try {view.owner_try} of this task, and this is try "
+                f"{owner.try_number}: the task was cleared or retried meanwhile. If it was not, because its Dag run is "
+                "a new one of the same name, delete the RayJob"
             )
+        raise ConcurrentChangeError(
+            f"RayJob {view.name} is followed by another task, {view.owner} (Dag, task, Dag run, map index), which has "
+            "the same run_key; wait until it is over, delete the RayJob if nobody follows it any more, or give this "
+            "task a run_key of its own"
+        )
 
     async def _not_later_than(self, deadline: float, whose: str, pods: list[Any]) -> None:
         if time.monotonic() < deadline:
@@ -264,3 +277,14 @@ class RayJobHook(CustomResourceHook):
             f"what {whose} has started does not go away (pods: {names}); see whether their nodes answer and whether a "
             "finalizer holds them. Nothing new was started beside them."
         )
+
+
+def _robs(view: RayJobView, owner: Owner) -> bool:
+    """Whether who touches a RayJob would take it from a later try, or from another task while it is not over."""
+    if view.owner not in (None, owner.name):
+        return not view.over
+    return view.owner_try is not None and view.owner_try > owner.try_number
+
+
+def _pod_group(view: RayJobView) -> str:
+    return f"ray-{view.name}-pg"

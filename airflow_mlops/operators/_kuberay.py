@@ -104,12 +104,13 @@ class KubeRayRunner:
             deadline_seconds=None if left is None else left + MARGIN,
             startup_seconds=None if startup is None else startup + MARGIN,
         )
-        started = self._run(lambda hook: hook.start(spec, manifest, self._owner.try_number, self._fence_timeout))
-        return started and self.peek(spec).status not in FINAL
+        started = self._run(lambda hook: hook.start(spec, manifest, self._owner, self._fence_timeout))
+        # One that was just created may have failed already, and whoever follows it finds out why.
+        return started == "created" or (started == "adopted" and self.peek(spec).status not in FINAL)
 
     def adopt(self, spec: TrainingSpec) -> bool:
         """Take over the attempt of an earlier try; False if it is gone or about to go."""
-        return self._run(lambda hook: hook.adopt(spec, self._owner.try_number))
+        return self._run(lambda hook: hook.adopt(spec, self._owner))
 
     def peek(self, spec: TrainingSpec) -> Observation:
         """How the attempt is now."""
@@ -123,7 +124,7 @@ class KubeRayRunner:
         """What waits for the attempt without a worker."""
         return RayJobResourceTrigger(
             connection=self._connection,
-            try_number=self._owner.try_number,
+            owner=asdict(self._owner),
             poll_interval=self._poll_interval,
             unreachable_timeout=self._unreachable_timeout,
             cancel_on_kill=self._cancel_on_kill,
@@ -154,11 +155,11 @@ class KubeRayRunner:
 
     def stop(self, spec: TrainingSpec) -> None:
         """Delete the attempt's RayJob and return when all its pods are gone."""
-        self._run(lambda hook: hook.end(spec, self._owner.try_number, PODS_GO))
+        self._run(lambda hook: hook.end(spec, self._owner, PODS_GO))
 
     def cancel(self, spec: TrainingSpec) -> None:
         """Delete the attempt's RayJob, unless a later try has taken it over, and wait for nothing."""
-        self._run(lambda hook: hook.cancel(spec, self._owner.try_number))
+        self._run(lambda hook: hook.cancel(spec, self._owner))
 
     def close(self, spec: TrainingSpec, failed: bool) -> None:
         """Delete what nobody needs any more; its GPUs are free at once, not when the RayJob's TTL is over."""

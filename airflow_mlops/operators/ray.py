@@ -20,6 +20,7 @@ from airflow_mlops.exceptions import (
     ExternalSystemError,
     InvalidInputError,
     LimitExceededError,
+    MlopsError,
     TrainingError,
 )
 from airflow_mlops.hooks.ray import RayJobsHook
@@ -28,7 +29,7 @@ from airflow_mlops.operators._ray import JobsRunner, LocalAttempts, Progress, Ru
 from airflow_mlops.shell import permanent_errors_fail
 from airflow_mlops.training.decide import ACTIVE, FINAL, Action, Observation, next_action
 from airflow_mlops.training.fence import wait_until_free
-from airflow_mlops.training.limits import Breach, Limits, Times, after_breach, breach, times_of, updated
+from airflow_mlops.training.limits import Breach, Limits, Times, after_breach, breach, consumed, times_of, updated
 from airflow_mlops.training.result import TrainingResult, outcome, read_result
 from airflow_mlops.training.runs import begin_attempt, open_run, wipe_run
 from airflow_mlops.training.spec import TrainingSpec, run_key_of, submission_id_of, whole, worker_count
@@ -76,7 +77,7 @@ class RayTrainOperator(BaseOperator):
     :param run_key: name of the run directory; default: one per Dag, task, run and map index (templated)
     :param exporter: ``"package.module:function"`` taking ``(checkpoint_dir, config, model_dir)`` that writes an MLflow
         model; built in for xgboost and lightgbm, otherwise ``model_uri`` is None (templated)
-    :param fresh: train a finished run again (templated)
+    :param fresh: train a finished run again, once for all tries until the task is cleared (templated)
     :param max_failures: worker failures per attempt that Ray Train repairs by itself, preemptions included
     :param max_restarts: attempts lost to infrastructure that are replaced within this task
     :param checkpoints_to_keep: newest checkpoints kept
@@ -107,7 +108,8 @@ class RayTrainOperator(BaseOperator):
     :param poll_interval: seconds between two looks
     :param unreachable_timeout: seconds that the dashboard or the API server may be away before the task gives up
     :param stop_timeout: seconds that a stopped driver has to commit a checkpoint and end
-    :param fence_timeout: seconds that an attempt waits for an earlier driver of the run to be gone
+    :param fence_timeout: seconds that an attempt waits for an earlier driver of the run to be gone; the pods of an
+        earlier attempt in Kubernetes have at least 180 s
     :param cancel_on_kill: stop the attempt when the task is killed, cleared or marked by a user
     :param deferrable: wait in the triggerer (local mode always waits in the worker), where a success also ends the task
         if nothing else depends on a worker; ``execution_timeout`` then counts from the first wait on
@@ -243,7 +245,8 @@ class RayTrainOperator(BaseOperator):
         with permanent_errors_fail():
             limits = self._limits()
             spec = self._spec(context)
-            plan = open_run(spec, _truth("fresh", self.fresh))
+            opened_by = _tries(context["ti"])
+            plan = open_run(spec, _truth("fresh", self.fresh), opened_by)
             runner = self._make_runner(context, limits)
             if plan.finished is not None:
                 self.log.info("the run in %s is finished: nothing to train", spec.run_dir)
@@ -264,7 +267,7 @@ class RayTrainOperator(BaseOperator):
             if plan.wipe:
                 self.log.warning("%s is emptied: %s", spec.run_dir, plan.wipe)
                 wait_until_free(spec, self.fence_timeout)
-                wipe_run(spec)
+                wipe_run(spec, opened_by)
             spec = spec.with_attempt(plan.previous + 1)
             progress = Progress(spec, times_of(spec, _gpus(spec), time.time()))
             return self._follow(context, self._start(context, progress))
@@ -275,9 +278,10 @@ class RayTrainOperator(BaseOperator):
             progress = Progress.from_json(event["state"])
             if event.get("times"):
                 progress = replace(progress, times=Times.from_json(event["times"]))
-            if "error" in event:
-                raise InvalidInputError(event["error"])
             self._make_runner(context, self._limits())
+            if "error" in event:
+                self._abandon(progress.spec)
+                raise InvalidInputError(event["error"])
             if event.get("paused"):
                 return self._follow(context, self._start(context, progress))
             seen = Observation(**event["seen"]) if "seen" in event else None
@@ -303,6 +307,13 @@ class RayTrainOperator(BaseOperator):
             self.log.info("stopping attempt %d in %s", self._current.attempt, self._current.run_dir)
             self._runner.cancel(self._current)
 
+    def _abandon(self, spec: TrainingSpec) -> None:
+        """End an attempt that cannot be followed any further."""
+        try:
+            self._must_run.cancel(spec)
+        except MlopsError as error:
+            self.log.warning("attempt %d in %s may still run: %s", spec.attempt, spec.run_dir, error)
+
     def _follow(self, context: Context, progress: Progress, end: Observation | Breach | None = None) -> dict[str, Any]:
         while True:
             spec = self._current = progress.spec
@@ -316,7 +327,7 @@ class RayTrainOperator(BaseOperator):
                 self._must_run.close(spec, failed=False)
                 return self._outcome(spec, result)
             if action.kind == "fail":
-                error = self._error(action, spec, result)
+                error = self._error(action, progress, result, getattr(end, "log", ""))
                 # Who cannot be reached may be well: the next try finds out.
                 if action.blame != "unreachable":
                     self._must_run.close(spec, failed=True)
@@ -366,7 +377,11 @@ class RayTrainOperator(BaseOperator):
             from airflow_mlops.triggers._training import LimitWatch
 
             watch = LimitWatch(spec, self._limits(), progress.times)
-            end = runner.wait_within(spec, watch)
+            try:
+                end = runner.wait_within(spec, watch)
+            except InvalidInputError:
+                self._abandon(spec)
+                raise
             return end, replace(progress, times=watch.times)
         try:
             seen = runner.peek(spec)
@@ -572,14 +587,24 @@ class RayTrainOperator(BaseOperator):
 
         return lineage_of(self.config, self._trained)
 
-    def _error(self, action: Action, spec: TrainingSpec, result: TrainingResult | None) -> Exception:
-        tail = self._must_run.tail(spec)
+    def _error(self, action: Action, progress: Progress, result: TrainingResult | None, log: str) -> Exception:
+        spec, budget = progress.spec, self._limits().budget
+        tail = log or self._must_run.tail(spec)
+        price = None if budget is None else budget.price_per_gpu_hour
+        used = consumed(spec, progress.times, result, time.time(), price)
         own = result if result is not None and result.attempt == spec.attempt else None
         cause = f"\n{own.error}" if own is not None and own.error else ""
-        message = f"training in {spec.run_dir}: {action.reason}{cause}\nEnd of the driver's log:\n{tail[-4000:]}"
+        said = f"training in {spec.run_dir}: {action.reason} {used}".rstrip()
+        message = f"{said}{cause}\nEnd of the driver's log:\n{tail[-4000:]}"
         if action.blame == "stopped":
             return AirflowFailException(message)
         return _ERRORS[action.blame or "app"](message)
+
+
+def _tries(ti: Any) -> str | None:
+    """Names a task instance and its tries up to the next time it is cleared, which is when ``max_tries`` changes."""
+    last = getattr(ti, "max_tries", None)
+    return None if last is None else f"{ti.dag_id}/{ti.task_id}/{ti.run_id}/{getattr(ti, 'map_index', -1)}/{last}"
 
 
 #: By whom or what a failure is blamed on; see :class:`airflow_mlops.training.decide.Action`.

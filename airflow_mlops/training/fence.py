@@ -130,12 +130,17 @@ def wait_until_free(
 
 
 def signs_of_life(spec: TrainingSpec, now: float, doubt: str = "") -> Observation:
-    """Whether the attempt's driver lives, by its heartbeat in the run directory: RUNNING, or LOST.
+    """Whether the attempt's driver lives, by its heartbeat in the run directory: RUNNING, or LOST; SUBMITTER_LOST where
+    that cannot be read.
 
     :param now: Unix time
     :param doubt: why it is asked, for the message
     """
-    owner = read_owner(spec)
+    try:
+        owner = read_owner(spec)
+    except Exception as error:  # a store that is away for a moment must not end the training
+        log.warning("whether the driver in %s lives cannot be read: %s", spec.run_dir, error)
+        return Observation("SUBMITTER_LOST", message=doubt)
     if owner is not None and owner.attempt == spec.attempt and owner.alive(now):
         return Observation("RUNNING", message=doubt)
     return Observation("LOST", message=f"{doubt} Its driver gives no sign of life.".strip())

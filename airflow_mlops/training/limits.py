@@ -228,11 +228,13 @@ class Breach:
     :param kind: ``startup``, ``queue``, ``attempt``, ``total``, ``stall`` or ``budget``
     :param message: which limit and what to do, one or two sentences
     :param restart: whether another attempt may mend it
+    :param log: the end of the driver's log, where that does not outlive the attempt
     """
 
     kind: str
     message: str
     restart: bool = False
+    log: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain types: the constructor's arguments."""

@@ -25,7 +25,7 @@ from airflow_mlops.training.cluster import (
 from airflow_mlops.training.launch import driver_command, driver_env
 from airflow_mlops.training.overrides import env_values, merged
 from airflow_mlops.training.parts import Gang
-from airflow_mlops.training.rayjob import ATTEMPT_LABEL, KUEUE_QUEUE_LABEL, OWNER_TRY_ANNOTATION
+from airflow_mlops.training.rayjob import ATTEMPT_LABEL, KUEUE_QUEUE_LABEL, OWNER_ANNOTATION, OWNER_TRY_ANNOTATION
 from airflow_mlops.training.spec import TrainingSpec
 
 API_VERSION, KIND = "ray.io/v1", "RayJob"
@@ -37,7 +37,8 @@ DAG_RUN_LABEL = "mlops.airflow.org/dag-run"
 MAP_INDEX_LABEL = "mlops.airflow.org/map-index"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGED_BY = "airflow-mlops"
-#: On RayJob and RayCluster: the run directory; OWNER_TRY_ANNOTATION says which try of the task follows the attempt.
+#: On RayJob and RayCluster: the run directory; OWNER_ANNOTATION and OWNER_TRY_ANNOTATION say which task and which try
+#: of it follow the attempt.
 RUN_DIR_ANNOTATION = "mlops.airflow.org/run-dir"
 
 KUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
@@ -67,6 +68,11 @@ class Owner:
     run_id: str
     map_index: int = -1
     try_number: int = 1
+
+    @property
+    def name(self) -> str:
+        """The same for every try of the task, and different from every other task's."""
+        return f"{self.dag_id}/{self.task_id}/{self.run_id}/{self.map_index}"
 
     @property
     def labels(self) -> dict[str, str]:
@@ -124,6 +130,7 @@ def render_rayjob(
             "labels": labels,
             "annotations": {
                 **{key: str(value) for key, value in cluster.annotations.items()},
+                OWNER_ANNOTATION: owner.name,
                 OWNER_TRY_ANNOTATION: str(owner.try_number),
                 RUN_DIR_ANNOTATION: spec.run_dir,
             },

@@ -17,6 +17,7 @@ from airflow_mlops.training.decide import Observation
 
 #: On the RayJob: number of the attempt, and which try of the task follows it.
 ATTEMPT_LABEL = "mlops.airflow.org/attempt"
+OWNER_ANNOTATION = "mlops.airflow.org/owner"
 OWNER_TRY_ANNOTATION = "mlops.airflow.org/owner-try"
 KUEUE_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
@@ -95,7 +96,7 @@ class RayJobView:
     :param cluster: name of its RayCluster
     :param deleting: whether somebody has deleted it and it is about to go
     :param queued: the Kueue queue it belongs to
-    :param owner_try: try number of the task that follows it
+    :param owner: the task that follows it, and its try
     :param partial: made from a row of a table, which has neither reason nor message
     """
 
@@ -109,6 +110,7 @@ class RayJobView:
     cluster: str | None = None
     deleting: bool = False
     queued: str | None = None
+    owner: str | None = None
     owner_try: int | None = None
     partial: bool = False
 
@@ -247,6 +249,7 @@ def _of_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "resource_version": metadata.get("resourceVersion") or "",
         "deleting": bool(metadata.get("deletionTimestamp")),
         "queued": labels.get(KUEUE_QUEUE_LABEL) or None,
+        "owner": annotations.get(OWNER_ANNOTATION),
         "owner_try": _number(annotations.get(OWNER_TRY_ANNOTATION)),
     }
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
@@ -14,7 +15,7 @@ from airflow_mlops.exceptions import ExternalSystemError, MlopsError
 from airflow_mlops.training.decide import FINAL, Observation
 from airflow_mlops.training.fence import signs_of_life
 from airflow_mlops.training.limits import Breach
-from airflow_mlops.training.manifest import MANAGED_BY, MANAGED_BY_LABEL
+from airflow_mlops.training.manifest import MANAGED_BY, MANAGED_BY_LABEL, Owner
 from airflow_mlops.training.parts import Gang
 from airflow_mlops.training.rayjob import INCOMPLETE, RayJobView, observe
 from airflow_mlops.training.spec import TrainingSpec, submission_id_of
@@ -40,7 +41,7 @@ class RayJobResourceTrigger(BaseTrigger):
 
     :param connection: arguments of :class:`airflow_mlops.hooks.kubernetes.CustomResourceHook`: ``conn_id``,
         ``namespace``, ``in_cluster``, ``cluster_context``, ``config_file``
-    :param try_number: the try of the task that follows the attempt
+    :param owner: fields of :class:`airflow_mlops.training.manifest.Owner`: the task, and the try of it that follows
     :param poll_interval: seconds after which it looks by itself where nothing is told, for limits and queues
     :param unreachable_timeout: seconds that the API server may be away
     :param cancel_on_kill: delete the RayJob when a user clears the task or sets its state
@@ -58,7 +59,7 @@ class RayJobResourceTrigger(BaseTrigger):
         self,
         *,
         connection: dict[str, Any],
-        try_number: int,
+        owner: dict[str, Any],
         poll_interval: float,
         unreachable_timeout: float,
         cancel_on_kill: bool,
@@ -72,7 +73,7 @@ class RayJobResourceTrigger(BaseTrigger):
         multiple_outputs: bool = True,
     ) -> None:
         super().__init__()
-        self.connection, self.try_number = connection, try_number
+        self.connection, self.owner = connection, owner
         self.poll_interval, self.unreachable_timeout = poll_interval, unreachable_timeout
         self.cancel_on_kill, self.state, self.gang, self.deadline = cancel_on_kill, state, gang, deadline
         self.logs, self.limits, self.times = logs, limits, times
@@ -88,7 +89,7 @@ class RayJobResourceTrigger(BaseTrigger):
         """Class path and constructor arguments."""
         names = (
             "connection",
-            "try_number",
+            "owner",
             "poll_interval",
             "unreachable_timeout",
             "cancel_on_kill",
@@ -102,6 +103,12 @@ class RayJobResourceTrigger(BaseTrigger):
             "multiple_outputs",
         )
         return "airflow_mlops.triggers.kuberay.RayJobResourceTrigger", {name: getattr(self, name) for name in names}
+
+    def show_end(self, text: str) -> None:
+        """Pass the end of the driver's log on, if that is how it is to be shown."""
+        if self.logs == "tail":
+            for line in text.splitlines():
+                self._on_line(line)
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Follow the RayJob until there is something to tell, the log's last lines first."""
@@ -133,13 +140,13 @@ class RayJobResourceTrigger(BaseTrigger):
             return
         spec = TrainingSpec.from_json(self.state["spec"])
         async with await self._hook() as hook:
-            deleted = await insist(lambda: hook.cancel(spec, self.try_number), self.log.warning)
+            deleted = await insist(lambda: hook.cancel(spec, Owner(**self.owner)), self.log.warning)
         self.log.info("RayJob %s %s", submission_id_of(spec), "is deleted" if deleted else "is not ours")
 
     async def _discard(self, hook: RayJobHook, spec: TrainingSpec) -> None:
         """Delete what nobody needs any more: its GPUs are free at once, not when the RayJob's TTL is over."""
         try:
-            await hook.cancel(spec, self.try_number)
+            await hook.cancel(spec, Owner(**self.owner))
         except MlopsError as error:
             self.log.warning("RayJob %s stays until its TTL is over: %s", submission_id_of(spec), error)
 
@@ -179,11 +186,15 @@ class _Following:
         assert training.spec is not None
         self._trigger, self._training, self._hook, self._shared = trigger, training, hook, shared
         self._spec = training.spec
+        self._owner = Owner(**trigger.owner)
         self._gang = Gang(**trigger.gang) if trigger.gang else None
+        self._acts, self._ran = False, False
+        self._silent_since: float | None = None
+        self._trouble = ""
         self._view: RayJobView | None = None
         self._last: RayJobView | None = None
         self._settling_since: float | None = None
-        self._began = self._looked = time.monotonic()
+        self._look_at = time.monotonic() + PREFLIGHT
 
     async def event(self) -> TriggerEvent:
         """Follow until there is something to tell."""
@@ -196,14 +207,17 @@ class _Following:
             except TimeoutError:
                 pass
             seen = await self._seen() if known else None
-            silent = self._shared.silent_since
-            if silent is not None and time.monotonic() - silent >= self._trigger.unreachable_timeout:
-                seen = Observation("UNREACHABLE", message=f"The API server is away: {self._shared.trouble}")
-            if seen is not None and seen.status in FINAL:
+            if problem := self._unreachable():
+                seen = Observation("UNREACHABLE", message=f"The API server is away: {problem}")
+            # Whoever was ending an attempt for a limit may have been lost before it could say so.
+            ended_by_us = seen is not None and seen.status in ("LOST", "STOPPED")
+            if seen is not None and seen.status in FINAL and not ended_by_us:
                 return await self._training.over(seen)
-            broken = await self._training.breach(None if seen is None else seen.status)
+            broken = await self._training.breach(None if seen is None or ended_by_us else seen.status)
             if broken is not None:
                 return await self._broken(broken)
+            if seen is not None and ended_by_us:
+                return await self._training.over(seen)
             if seen is not None and (problem := await self._in_vain(seen)):
                 return self._training.event(seen=vars(Observation("INVALID", message=problem)))
             if self._trigger.deadline is not None and time.time() >= self._trigger.deadline:
@@ -215,16 +229,31 @@ class _Following:
         settling = self._view is not None and self._view.settling
         self._settling_since = (self._settling_since or time.monotonic()) if settling else None
 
-    async def _seen(self) -> Observation:
+    async def _seen(self) -> Observation | None:
+        """How the attempt is, None while that cannot be told."""
         seen = self._observed()
         if seen.status == INCOMPLETE:
-            self._view = await self._hook.view(self._spec)
+            try:
+                self._view = await self._hook.view(self._spec)
+            except ExternalSystemError as error:
+                self._silent_since, self._trouble = self._silent_since or time.monotonic(), str(error)
+                return None
+            self._silent_since = None
             self._last = self._view or self._last
             seen = self._observed()
         if seen.status == "SUBMITTER_LOST":
-            # The run directory knows whether the driver lives; Ray would have to be reached for it.
             return await asyncio.to_thread(signs_of_life, self._spec, time.time(), seen.message)
         return seen
+
+    def _unreachable(self) -> str | None:
+        """What the API server said last, if it has been away for too long."""
+        for since, trouble in (
+            (self._shared.silent_since, self._shared.trouble),
+            (self._silent_since, self._trouble),
+        ):
+            if since is not None and time.monotonic() - since >= self._trigger.unreachable_timeout:
+                return trouble
+        return None
 
     def _observed(self) -> Observation:
         now = time.monotonic()
@@ -233,39 +262,47 @@ class _Following:
     async def _broken(self, broken: Breach) -> TriggerEvent:
         self._trigger.log.warning("deleting RayJob %s: %s", submission_id_of(self._spec), broken.message)
         if broken.kind in ("startup", "queue"):
-            why = await self._asked(self._hook.diagnosis(self._spec))
-            broken = Breach(broken.kind, f"{broken.message} {why or 'Nothing seen explains it.'}", broken.restart)
+            _, why = await self._asked(self._hook.diagnosis(self._spec))
+            broken = replace(broken, message=f"{broken.message} {why or 'Nothing seen explains it.'}")
+        else:
+            # The log goes with its pod.
+            _, log = await self._asked(self._hook.tail(self._spec, LOG_TAIL))
+            self._trigger.show_end(log or "")
+            broken = replace(broken, log=log or "")
         seen = Observation("STOPPED")
         try:
-            await self._hook.end(self._spec, self._trigger.try_number, PODS_GO)
+            await self._hook.end(self._spec, self._owner, PODS_GO)
         except MlopsError as error:
             seen = Observation("UNREACHABLE", message=str(error))
         return self._training.event(breach=broken.to_json(), seen=vars(seen))
 
     async def _in_vain(self, seen: Observation) -> str | None:
         """Why waiting for the scheduler is in vain, None otherwise."""
-        now = time.monotonic()
-        if self._gang is None or seen.status not in ("PENDING", "QUEUED") or now - self._looked < self._pause:
+        gang, runs, waits = self._gang, seen.status == "RUNNING", seen.status in ("PENDING", "QUEUED")
+        if gang is None or not (waits or runs):
             return None
-        self._looked = now
-        problem = await self._asked(self._hook.scheduler_problem(self._spec, self._gang))
-        if problem is None and self._gang.scheduler == "kueue":
-            problem = await self._asked(self._hook.queue_problem(self._spec))
-        elif problem is None:
-            self._gang = None
+        queued = waits and gang.scheduler == "kueue"
+        # What starts at once is looked at, too.
+        due = time.monotonic() >= self._look_at or (runs and not self._ran)
+        if not due or (self._acts and not queued):
+            return None
+        self._ran, self._look_at = self._ran or runs, time.monotonic() + QUEUE_LOOK
+        problem = None
+        if not self._acts:
+            self._acts, problem = await self._asked(self._hook.scheduler_problem(self._spec, gang))
+        if queued and self._acts and problem is None:
+            _, problem = await self._asked(self._hook.queue_problem(self._spec))
         return problem
 
-    @property
-    def _pause(self) -> float:
-        return QUEUE_LOOK if self._looked > self._began else PREFLIGHT
-
-    async def _asked(self, question: Any) -> Any:
-        """The answer, None if it cannot be had now."""
+    async def _asked(self, question: Coroutine[Any, Any, str | None]) -> tuple[bool, str | None]:
+        """Whether there is an answer, and the answer; that it may not be asked for is one."""
         try:
-            return await question
+            return True, await question
         except ExternalSystemError as error:
             self._trigger.log.warning("%s", error)
-            return None
+            return False, None
+        except MlopsError as error:
+            return True, str(error)
 
 
 def _metadata(row: Row) -> Mapping[str, Any]:

@@ -121,7 +121,7 @@ async def _ours(folder: Path, specs: list[Any]) -> Callable[[Any, Fired], Awaita
         now = time.time()
         given = {
             "connection": {"conn_id": "bench", "namespace": None},
-            "try_number": 1,
+            "owner": {"dag_id": "bench", "task_id": "train", "run_id": "run"},
             "poll_interval": INTERVAL,
             "unreachable_timeout": 300.0,
             "cancel_on_kill": True,

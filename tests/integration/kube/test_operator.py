@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from airflow.triggers.base import TaskSuccessEvent
+from support.kube_api import Fault
 from support.kube_sim import RayJobSimulator, Stop
 from support.kube_training import STEPS, Task, fails, operator, steps, train, until
 
 from airflow_mlops.exceptions import AttemptsExhaustedError, ExternalSystemError, TrainingError
+from airflow_mlops.hooks._kubernetes_connection import KubernetesConnection
 from airflow_mlops.operators.ray import RayTrainOperator
 from airflow_mlops.triggers.kuberay import RayJobResourceTrigger
 
@@ -169,6 +171,16 @@ def test_a_cleared_task_ends_its_attempt_and_the_next_try_goes_on(kuberay, kube_
     assert set(kuberay.max_overlap.values()) == {1}
 
 
+def test_a_fresh_training_is_trained_once_by_the_tries_of_a_task(kuberay, tmp_path):
+    def outcome(try_number: int, max_tries: int) -> int:
+        task = Task(try_number)
+        task.max_tries = max_tries
+        return run(operator(tmp_path, fresh=True), task)["attempts"]
+
+    assert [outcome(1, 2), outcome(2, 2), outcome(3, 4)] == [1, 1, 2]
+    assert len(kuberay.started) == 2
+
+
 def test_a_budget_ends_it_and_a_higher_one_goes_on(kuberay, kube_api, tmp_path):
     def slow(rayjob: dict[str, Any], stop: Stop) -> int:
         while not stop.is_set():
@@ -177,8 +189,11 @@ def test_a_budget_ends_it_and_a_higher_one_goes_on(kuberay, kube_api, tmp_path):
 
     kuberay.script = slow
     gpu = {"cluster": {"gpu": {"kind": "full"}}, "use_gpu": True}
-    with pytest.raises(AirflowFailException, match=r"budget of .* GPU-hours is used up"):
-        run(operator(tmp_path, deferrable=True, budget={"max_gpu_hours": 0.5 / 3600}, **gpu), Task())
+    with pytest.raises(AirflowFailException, match=r"budget of .* GPU-hours is used up.* GPU-seconds, which cost 0\.0"):
+        run(
+            operator(tmp_path, deferrable=True, budget={"max_gpu_hours": 0.5 / 3600, "price_per_gpu_hour": 2.0}, **gpu),
+            Task(),
+        )
     assert left(kube_api) == []
     kuberay.script = train
     higher = {"max_gpu_hours": 1, "price_per_gpu_hour": 2.0}
@@ -208,3 +223,138 @@ def test_live_lines_come_once_over_a_restart_of_the_triggerer(kuberay, kube_api,
         asyncio.run(follow(0.6))
     assert isinstance(asyncio.run(follow(30)), TaskSuccessEvent)
     assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(60)]
+
+
+@waits
+def test_what_is_refused_at_once_is_not_tried_again(kuberay, kube_api, tmp_path, deferrable):
+    kuberay.stop()
+
+    def refuse() -> None:
+        for rayjob in kube_api.list("RayJob"):
+            if "status" not in rayjob and not rayjob["metadata"].get("deletionTimestamp"):
+                refused = {
+                    "jobDeploymentStatus": "ValidationFailed",
+                    "reason": "ValidationFailed",
+                    "message": "bad name",
+                }
+                kube_api.put_status("RayJob", "default", rayjob["metadata"]["name"], refused)
+
+    kube_api.store.listeners.append(refuse)
+    try:
+        with pytest.raises(AirflowFailException, match=r"attempt 1 is not accepted.*bad name"):
+            run(operator(tmp_path, deferrable=deferrable), Task())
+    finally:
+        kube_api.store.listeners.remove(refuse)
+    assert len([found for found in kube_api.requests if found[0] == "POST"]) == 1
+
+
+@waits
+def test_an_outage_at_the_end_of_an_attempt_is_waited_out(kuberay, kube_api, tmp_path, deferrable, monkeypatch):
+    """A lost head shows in the watch, and why it was lost is asked for."""
+    monkeypatch.setitem(KubernetesConnection.__init__.__kwdefaults__, "patience", 0.2)
+    down = threading.Event()
+
+    def kill() -> None:
+        until(lambda: kuberay.started and steps(tmp_path / "r1") > 3)
+        kube_api.faults.append(Fault(lambda method, path: method == "GET" and path.endswith("-a1"), 503, times=8))
+        kuberay.kill_head(kuberay.started[0])
+        down.set()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcome = run(operator(tmp_path, deferrable=deferrable), Task())
+    killer.join()
+    assert down.is_set() and outcome["attempts"] == 2 and outcome["resumed_from"]
+
+
+@waits
+def test_a_limit_is_kept_though_nobody_may_say_why(kuberay, kube_api, tmp_path, deferrable):
+    kuberay.image_pull_error()
+    kube_api.forbid("list", "events")
+    with pytest.raises(ExternalSystemError, match=r"did not start within startup_timeout=1 s.*events"):
+        run(operator(tmp_path, deferrable=deferrable, startup_timeout=1), Task())
+    assert left(kube_api) == []
+
+
+@waits
+def test_a_limit_shows_the_log_that_goes_with_its_pod(kuberay, kube_api, tmp_path, deferrable):
+    def hangs(rayjob: dict[str, Any], stop: Stop) -> int:
+        stop.log("waiting for a lock")
+        stop.wait(60)
+        return 143
+
+    kuberay.script = hangs
+    with pytest.raises(AirflowFailException, match=r"(?s)took longer than attempt_timeout=1 s.*waiting for a lock"):
+        run(operator(tmp_path, deferrable=deferrable, attempt_timeout=1), Task())
+    assert left(kube_api) == []
+
+
+def test_a_limit_is_kept_by_the_next_triggerer_though_the_rayjob_has_gone(kuberay, kube_api, tmp_path):
+    """The first one had deleted it, and was lost before it could say so."""
+    op = operator(tmp_path, deferrable=True, attempt_timeout=0.5)
+    with pytest.raises(TaskDeferred) as deferred:
+        op.execute({"ti": Task()})
+    kube_api.delete("RayJob", "default", kube_api.list("RayJob")[0]["metadata"]["name"])
+    assert left(kube_api) == []
+    time.sleep(0.6)
+    event = asyncio.run(first(deferred.value.trigger))
+    assert event.payload["breach"]["kind"] == "attempt"
+
+
+@waits
+@pytest.mark.parametrize("forbidden", [False, True], ids=["absent", "forbidden"])
+def test_a_scheduler_that_does_not_act_ends_the_attempt(
+    kuberay, kube_api, tmp_path, deferrable, forbidden, monkeypatch
+):
+    if forbidden:
+        kube_api.forbid("list", "workloads")
+    monkeypatch.setattr("airflow_mlops.triggers.kuberay.PREFLIGHT", 0.2)
+    cluster = {"gang": {"scheduler": "kueue", "queue": "team"}}
+    with pytest.raises(AirflowFailException, match="workloads" if forbidden else "Kueue has made no Workload"):
+        run(operator(tmp_path, deferrable=deferrable, cluster=cluster), Task())
+    assert left(kube_api) == []
+
+
+@waits
+def test_a_scheduler_that_does_not_act_is_noticed_though_the_pods_start_at_once(
+    kuberay, kube_api, tmp_path, deferrable
+):
+    def hangs(rayjob: dict[str, Any], stop: Stop) -> int:
+        stop.wait(60)
+        return 143
+
+    kuberay.script = hangs
+    cluster = {"gang": {"scheduler": "volcano", "queue": "team"}}
+    with pytest.raises(AirflowFailException, match="volcano does not act on the RayJob"):
+        run(operator(tmp_path, deferrable=deferrable, cluster=cluster), Task())
+    assert left(kube_api) == []
+
+
+def test_a_scheduler_is_not_blamed_while_there_are_no_pods(kuberay, kube_api, tmp_path, monkeypatch):
+    """KubeRay itself may be on its way up."""
+    monkeypatch.setattr("airflow_mlops.triggers.kuberay.PREFLIGHT", 0.1)
+    monkeypatch.setattr("airflow_mlops.triggers.kuberay.QUEUE_LOOK", 0.1)
+    kuberay.stop()
+    cluster = {"gang": {"scheduler": "yunikorn", "queue": "root.team"}}
+    with pytest.raises(ExternalSystemError, match=r"did not start within startup_timeout=1 s"):
+        run(operator(tmp_path, startup_timeout=1, cluster=cluster), Task())
+
+
+def test_another_task_with_the_same_run_key_neither_takes_nor_ends_an_attempt(kuberay, kube_api, tmp_path):
+    with pytest.raises(TaskDeferred) as waits_for_it:
+        operator(tmp_path, deferrable=True).execute({"ti": Task(1)})
+    until(lambda: kuberay.running_attempts())
+    other = Task(5)
+    other.run_id = "run-2"
+    with pytest.raises(AirflowFailException, match=r"followed by another task, dag/train/run-1/-1"):
+        operator(tmp_path, deferrable=True).execute({"ti": other})
+    assert len(kuberay.started) == 1
+    assert asyncio.run(first(waits_for_it.value.trigger)).xcoms["return_value"]["attempts"] == 1
+
+
+@waits
+def test_what_cannot_be_followed_is_ended(kuberay, kube_api, tmp_path, deferrable):
+    kube_api.forbid("watch", "rayjobs")
+    with pytest.raises(AirflowFailException, match="watch"):
+        run(operator(tmp_path, deferrable=deferrable), Task())
+    assert left(kube_api) == []

@@ -145,6 +145,7 @@ def test_every_attempt_is_named_labelled_and_left_to_the_operator():
     assert (labels["team"], labels["app"]) == ("fraud", "training")
     assert annotations == {
         "example.org/note": "x",
+        "mlops.airflow.org/owner": "flights/group.train/scheduled__2026-01-01T00:00:00+00:00/3",
         "mlops.airflow.org/owner-try": "2",
         "mlops.airflow.org/run-dir": SPEC.run_dir,
     }
