@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_mlops.exceptions import InvalidInputError, MlopsError
 from airflow_mlops.hooks.kuberay import RayJobHook
 from airflow_mlops.operators._ray import Progress
+from airflow_mlops.training.callables import check_callables
 from airflow_mlops.training.cluster import KubeCluster, check_storage, fitted, warnings
 from airflow_mlops.training.decide import FINAL, Observation
 from airflow_mlops.training.fence import signs_of_life
@@ -84,6 +85,7 @@ class KubeRayRunner:
 
         :raises InvalidInputError: the attempt could not run
         """
+        check_callables(spec, self._cluster.runtime_env)
         fit = fitted(spec, self._cluster)
         check_storage(fit, self._cluster)
         render_rayjob(fit, self._cluster, name=submission_id_of(fit), owner=self._owner, spec_uri=fit.file("spec.json"))

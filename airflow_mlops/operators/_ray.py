@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from airflow_mlops.exceptions import ExternalSystemError, MlopsError
 from airflow_mlops.hooks.ray import LOG_TAIL, AccessRefusedError, RayJobsHook
+from airflow_mlops.training.callables import check_callables
 from airflow_mlops.training.decide import ACTIVE, FINAL, Observation, Patience
 from airflow_mlops.training.launch import driver_command, driver_env
 from airflow_mlops.training.limits import Breach, Limits, Times
@@ -201,6 +202,7 @@ class JobsRunner:
 
     def fitted(self, spec: TrainingSpec) -> TrainingSpec:
         """The spec as it is: what the cluster offers is seen by the driver."""
+        check_callables(spec, self._runtime_env)
         return spec
 
     def start(self, spec: TrainingSpec, spec_uri: str, times: Times | None = None) -> bool:

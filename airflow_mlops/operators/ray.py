@@ -61,7 +61,8 @@ class RayTrainOperator(BaseOperator):
     "resumed_from", "wall_seconds", "cpu_seconds", "gpu_seconds"}``, with a price in the budget also ``"cost"``; times
     are summed over the attempts.
 
-    :param train_fn: ``"package.module:function"``, importable where the driver runs (templated)
+    :param train_fn: ``"package.module:function"``, importable where the driver runs; a package that is installed here,
+        too, is looked into before anything is started elsewhere (templated)
     :param mode: ``"local"``: a child process with a Ray of its own, which does not outlive the task; ``"jobs"``: a
         job of an existing cluster that shares ``storage_path`` with this worker; ``"kuberay"``: a Ray cluster made for
         the attempt by KubeRay 1.6 or newer, and removed after it (templated)

@@ -358,3 +358,10 @@ def test_what_cannot_be_followed_is_ended(kuberay, kube_api, tmp_path, deferrabl
     with pytest.raises(AirflowFailException, match="watch"):
         run(operator(tmp_path, deferrable=deferrable), Task())
     assert left(kube_api) == []
+
+
+def test_a_misspelt_function_is_found_before_anything_is_created(kuberay, kube_api, tmp_path):
+    train_fn = "airflow_mlops.examples.torch_loop:train_lop_per_worker"
+    with pytest.raises(AirflowFailException, match=r"torch_loop\.py has no 'train_lop_per_worker'"):
+        run(operator(tmp_path, train_fn=train_fn), Task())
+    assert not [found for found in kube_api.requests if found[0] == "POST"]
