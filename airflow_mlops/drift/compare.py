@@ -224,7 +224,7 @@ def _judge_column(name: str, reference: Column, current: Column, policy: DriftPo
         reason = f"times, not compared: from {spans[0]} in the reference, {spans[1]} now"
         return ColumnDrift(name, "stable", reason=reason, **base)
     numeric = reference.kind == "numeric"
-    distance = (distances.numeric if numeric else distances.categorical)(reference, current)
+    distance = distances.between(reference, current)
     base |= {
         "method": distance.method,
         "distance": distance.raw,
