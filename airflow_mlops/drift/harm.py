@@ -78,9 +78,7 @@ class LossReference:
     def _measure(cls, labels: np.ndarray, probabilities: np.ndarray, codes: np.ndarray) -> LossReference:
         if codes.max() == 0:
             raise DataError("all rows are in one cluster; a standard error needs at least two, for example days")
-        p = np.clip(probabilities, _CLIP, 1 - _CLIP)
-        loss = -np.where(labels == 1, np.log(p), np.log1p(-p))
-        entropy = -(p * np.log(p) + (1 - p) * np.log1p(-p))
+        loss, entropy = log_losses(labels, probabilities)
         log_loss, gap, excess = (_clustered(v, codes) for v in (loss, labels - probabilities, loss - entropy))
         return cls(log_loss, gap, excess, len(labels), float(labels.mean()))
 
@@ -265,22 +263,43 @@ def assess_harm(
     return HarmReport(verdict, reasons or ("no test found harm",), tuple(tests), len(labels), clusters, policy)
 
 
+def log_losses(label: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The log loss of each forecast, and its expectation were the forecast right (the entropy), in nats.
+
+    :param label: 0 or 1 by row, NaN where not known (the loss is NaN then)
+    :param probability: predicted probability of 1 by row; clipped to [1e-6, 1 - 1e-6], so that no loss exceeds 13.9
+    """
+    p = np.clip(probability, _CLIP, 1 - _CLIP)
+    loss = -np.where(label == 1, np.log(p), np.log1p(-p))
+    entropy = -(p * np.log(p) + (1 - p) * np.log1p(-p))
+    return np.where(np.isnan(label), np.nan, loss), entropy
+
+
+def as_floats(values: Any) -> np.ndarray:
+    """``values`` as float64, NaN for what is missing or no number."""
+    return pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(float, na_value=np.nan)
+
+
+def check_forecasts(labels: np.ndarray, probabilities: np.ndarray) -> None:
+    """:raises DataError: a known label is neither 0 nor 1, or a known probability lies outside [0, 1]"""
+    if not np.isin(labels[~np.isnan(labels)], (0.0, 1.0)).all():
+        raise DataError("labels must be 0 or 1")
+    given = probabilities[~np.isnan(probabilities)]
+    if len(given) and (given.min() < 0 or given.max() > 1):
+        raise DataError(f"probabilities must lie in [0, 1]; they go from {given.min():g} to {given.max():g}")
+
+
 def _rows(label: Any, probability: Any, cluster: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Labels, probabilities and cluster codes of the labelled rows, and the number of all rows."""
-    labels = pd.to_numeric(pd.Series(label), errors="coerce").to_numpy(float, na_value=np.nan)
-    probabilities = pd.to_numeric(pd.Series(probability), errors="coerce").to_numpy(float, na_value=np.nan)
+    labels, probabilities = as_floats(label), as_floats(probability)
     clusters = pd.Series(cluster)
     if not len(labels) == len(probabilities) == len(clusters):
         raise DataError(
             f"label, probability and cluster have {len(labels)}, {len(probabilities)} and {len(clusters)} rows; "
             "they must be of equal length"
         )
+    check_forecasts(labels, probabilities)
     known = ~np.isnan(labels)
-    if not np.isin(labels[known], (0.0, 1.0)).all():
-        raise DataError("labels must be 0 or 1")
-    given = probabilities[~np.isnan(probabilities)]
-    if len(given) and (given.min() < 0 or given.max() > 1):
-        raise DataError(f"probabilities must lie in [0, 1]; they go from {given.min():g} to {given.max():g}")
     if clusters.isna().any():
         raise DataError(f"{int(clusters.isna().sum())} rows have no cluster; give every row one, for example its date")
     codes = pd.factorize(clusters[known], sort=True)[0]

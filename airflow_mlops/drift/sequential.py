@@ -1,0 +1,522 @@
+"""Whether a champion's loss has risen, asked again and again as labels arrive late.
+
+:class:`LossTest` bets against "in no cluster of days was the expected loss above the limit", the limit being the
+reference's loss, plus its own uncertainty, plus ``epsilon``. The bettor starts with a capital of 1 and stakes a share
+of it on every cluster's mean loss; were the null true, the capital would be a nonnegative supermartingale, so the
+chance that it *ever* reaches ``1 / alpha`` is at most ``alpha`` (Ville, 1939). One may look after every cluster, for
+ever, and stop at will. Betting: Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting"
+(JRSS B, 2023). A rise of the risk over a reference with its own uncertainty: Podkopaev and Ramdas, "Tracking the risk
+of a deployed model and detecting harmful distribution shifts" (ICLR, 2022).
+
+**Dependence.** Rows of one day hang together, so all rows of a cluster of ``days`` count as one number, their mean;
+what goes on inside a cluster needs no assumption. The bound is exact when the mean of a cluster cannot be foreseen
+from those before it. Where it can (bad weather lasts), three things keep the error near its bound: stakes follow only
+clusters at least seven back, half the capital is staked on one rise fixed beforehand, and gains are discounted by the
+autocorrelation ``r`` of neighbouring clusters, ``capital ** ((1 - r) / (1 + r))``, the ratio of a mean's naive variance
+to its true one. ``r`` is learned, from ``correlation`` downwards and never above it, since a real rise looks like
+autocorrelation too; by Jensen's inequality a discount never breaks the bound. Where clusters correlate by more, or
+weekdays differ, use longer ones, for example ``days=7``.
+
+**Bounded loss.** Losses are clipped at ``bound``. Clipping only lowers a mean, so the error rate holds against an
+unclipped reference; a rise that comes only from losses above the bound is not seen. A cluster's mean never lies below
+``floor`` (0 for log loss, Brier score and error rate), which limits the stakes; a floor known to be higher finds
+strong harm sooner.
+
+**Late labels.** A cluster is judged when all of it lies before ``matured_until``, with whatever labels it has then;
+before that its rows wait, since labels that come early are no random sample.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from airflow_mlops.drift.harm import Estimate, as_floats
+from airflow_mlops.drift.limits import check_ranges
+from airflow_mlops.exceptions import DataError, InvalidInputError
+
+VERSION = 1
+#: Levels at which the loss is tested, as multiples of the limit (both measured from the floor).
+_LEVELS = np.arange(14, 39) / 20
+_LIMIT = 6
+_LAG = 7
+_STAKE = 0.9
+_DECAY = 0.5 ** (1 / 20)
+_PRIOR_CLUSTERS = 20.0
+_EPOCH = dt.date(1970, 1, 1).toordinal()
+
+
+@dataclass(frozen=True)
+class Capital:
+    """What the bettors own, and what they know; every field may have leading axes, one entry for each of many tests.
+
+    :param mean: of the losses seen, recent ones weighing more, as of :data:`_LAG` clusters ago
+    :param variance: likewise
+    :param recent: the newest losses, not in ``mean`` yet, oldest first, shape ``(..., up to 6)``
+    :param centre: mean of the losses up to now, from which the autocorrelation is measured
+    :param products: sum of products of neighbouring deviations from it
+    :param squares: sum of their squares
+    :param logs: log capital by bettor and level, shape ``(..., 2, levels)``
+    :param best: highest log of the bettors' mean capital so far by level, shape ``(..., levels)``
+    """
+
+    mean: np.ndarray
+    variance: np.ndarray
+    recent: np.ndarray
+    centre: np.ndarray
+    previous: np.ndarray
+    products: np.ndarray
+    squares: np.ndarray
+    logs: np.ndarray
+    best: np.ndarray
+
+    @classmethod
+    def start(cls, mean: float, variance: float, correlation: float, shape: tuple[int, ...] = ()) -> Capital:
+        """Capital 1 of bettors who expect losses of this mean, variance and autocorrelation."""
+        full = np.full
+        return cls(
+            mean=full(shape, mean),
+            variance=full(shape, variance),
+            recent=np.zeros((*shape, 0)),
+            centre=full(shape, mean),
+            previous=np.zeros(shape),
+            products=full(shape, correlation * _PRIOR_CLUSTERS * variance),
+            squares=full(shape, _PRIOR_CLUSTERS * variance),
+            logs=np.zeros((*shape, 2, len(_LEVELS))),
+            best=np.zeros((*shape, len(_LEVELS))),
+        )
+
+    @property
+    def correlation(self) -> np.ndarray:
+        """Autocorrelation of neighbouring clusters, not below 0."""
+        return np.maximum(self.products / self.squares, 0.0)
+
+    def bet(
+        self, loss: Any, levels: np.ndarray, floor: float, fixed_rise: float, variance: float, correlation: float
+    ) -> Capital:
+        """The capital after a cluster of mean ``loss``; stakes are set before it is looked at.
+
+        :param loss: not below ``floor``, shape of the leading axes
+        :param levels: the losses bet against, above ``floor``
+        :param fixed_rise: the rise over each level that the second bettor always expects
+        :param variance: that the second bettor always expects
+        :param correlation: largest autocorrelation that gains are discounted by
+        """
+        loss = np.asarray(loss, float)
+        learned = self.mean[..., None] - levels
+        edge = np.stack([learned, np.broadcast_to(fixed_rise, learned.shape)], axis=-2)
+        spread = np.stack([self.variance, np.broadcast_to(variance, self.variance.shape)], axis=-1)[..., None]
+        # Kelly's share for small gains; never so much that one cluster at the floor could ruin.
+        stake = np.clip(edge / (spread + edge**2), 0.0, _STAKE / (levels - floor))
+        together = np.minimum(self.correlation, correlation)
+        discount = (1 - together) / (1 + together)
+        gains = np.log1p(stake * (loss[..., None] - levels)[..., None, :])
+        logs = self.logs + discount[..., None, None] * gains
+        best = np.maximum(self.best, np.logaddexp(logs[..., 0, :], logs[..., 1, :]) - math.log(2))
+        deviation = loss - self.centre
+        learned_state = self._learn(np.concatenate([self.recent, loss[..., None]], axis=-1))
+        return replace(
+            self,
+            **learned_state,
+            centre=self.centre + (1 - _DECAY) * deviation,
+            previous=deviation,
+            products=self.products + deviation * self.previous,
+            squares=self.squares + deviation**2,
+            logs=logs,
+            best=best,
+        )
+
+    def _learn(self, recent: np.ndarray) -> dict[str, np.ndarray]:
+        if recent.shape[-1] < _LAG:
+            return {"recent": recent}
+        deviation = recent[..., 0] - self.mean
+        return {
+            "recent": recent[..., 1:],
+            "mean": self.mean + (1 - _DECAY) * deviation,
+            "variance": _DECAY * (self.variance + (1 - _DECAY) * deviation**2),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The capital of one test as lists and numbers."""
+        return {name: np.asarray(getattr(self, name)).tolist() for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Capital:
+        """The inverse of :meth:`to_json`; :class:`ValueError` for wrong shapes or numbers."""
+        capital = cls(**{name: np.asarray(value[name], float) for name in cls.__dataclass_fields__})
+        shapes = {name: getattr(capital, name).shape for name in cls.__dataclass_fields__}
+        scalars = [shape for name, shape in shapes.items() if name not in ("recent", "logs", "best")]
+        if any(scalars) or shapes["logs"] != (2, len(_LEVELS)) or shapes["best"] != (len(_LEVELS),):
+            raise ValueError(f"shapes {shapes}")
+        if len(shapes["recent"]) != 1 or shapes["recent"][0] >= _LAG:
+            raise ValueError(f"{shapes['recent']} recent losses")
+        if not all(np.isfinite(getattr(capital, name)).all() for name in shapes):
+            raise ValueError("a number is not finite")
+        if capital.variance <= 0 or capital.squares <= 0 or capital.best.min() < 0:
+            raise ValueError("a number is out of range")
+        return capital
+
+
+@dataclass(frozen=True)
+class LossState:
+    """What a :class:`LossTest` has seen.
+
+    :param matured_until: latest maturity told so far, ISO 8601 in UTC
+    :param waiting: cluster (ISO date of its first day) -> batch -> rows, rows with a loss, sum of their losses
+    :param capital: the bettors; None before the first judged cluster
+    :param looks: clusters judged
+    :param rows: rows with a loss in them
+    :param total: sum of the judged clusters' means
+    :param skipped: clusters with too few labels when they matured
+    :param below_floor: clusters judged whose mean lay below the floor
+    :param since: the first cluster by which harm was shown
+    """
+
+    matured_until: str | None = None
+    waiting: Mapping[str, Mapping[str, tuple[int, int, float]]] = field(default_factory=dict)
+    capital: Capital | None = None
+    looks: int = 0
+    rows: int = 0
+    total: float = 0.0
+    skipped: int = 0
+    below_floor: int = 0
+    since: str | None = None
+
+
+@dataclass(frozen=True)
+class LossVerdict:
+    """What the test says now.
+
+    :param verdict: ``harm`` (once shown, it stays), ``stable`` (no rise shown) or ``not_enough_data``
+    :param harmful: whether ``evidence`` has reached what the test's ``alpha`` asks
+    :param evidence: the highest capital so far, from a stake of 1; an e-value, 1 / evidence is a p-value
+    :param needed: the evidence that is harm
+    :param looks: clusters judged
+    :param mean: mean of their mean losses; None before the first
+    :param low: with the test's confidence, the expected loss of some cluster was above this
+    :param limit: the loss that is tolerated: reference, its uncertainty and epsilon
+    :param autocorrelation: of neighbouring clusters, as far as it is known
+    :param since: first day of the cluster by which harm was shown
+    :param waiting: clusters with rows whose labels have not matured
+    :param skipped: clusters that matured with too few labels
+    :param late_rows: rows in this update that belong to clusters judged or skipped before; they change nothing
+    :param reasons: why, in words
+    """
+
+    verdict: str
+    harmful: bool
+    evidence: float
+    needed: float
+    looks: int
+    mean: float | None
+    low: float
+    limit: float
+    autocorrelation: float
+    since: str | None
+    waiting: int
+    skipped: int
+    late_rows: int
+    reasons: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as JSON, without NaN."""
+        return {**asdict(self), "reasons": list(self.reasons)}
+
+
+@dataclass(frozen=True)
+class LossTest:
+    """A test of one champion against its own reference; immutable, :meth:`update` returns its successor.
+
+    :param reference: mean loss of the champion on the data it was accepted on, with its standard error by cluster,
+        for example :attr:`LossReference.log_loss`
+    :param epsilon: rise that is harmless, in the loss's unit
+    :param alpha: bound on the chance of ever calling harm where there is none
+    :param reference_share: part of ``alpha`` spent on the reference's uncertainty (Student's t over its clusters);
+        0 takes the reference's mean as exact
+    :param floor: no cluster's mean loss lies below this
+    :param bound: losses are clipped to this
+    :param days: days in a cluster
+    :param correlation: largest autocorrelation of neighbouring clusters that the error rate is kept for, at the price
+        of power; 0 where clusters are independent
+    :param zone: time zone in which a day begins
+    :param min_labelled: share of a cluster's rows whose loss must be known at maturity, else it is skipped
+    """
+
+    reference: Estimate
+    epsilon: float = 0.02
+    alpha: float = 0.01
+    reference_share: float = 0.5
+    floor: float = 0.0
+    bound: float = 5.0
+    days: int = 1
+    correlation: float = 0.5
+    zone: str = "UTC"
+    min_labelled: float = 0.8
+    state: LossState = field(default_factory=LossState)
+
+    def check(self) -> None:
+        """Raise :class:`InvalidInputError` when a parameter is out of range."""
+        check_ranges(self, "loss test", _RANGES)
+        if not isinstance(self.days, int):
+            raise InvalidInputError(f"loss test: days is {self.days!r}; expected a whole number")
+        try:
+            ZoneInfo(self.zone)
+        except (KeyError, ValueError, OSError, TypeError) as error:
+            raise InvalidInputError(
+                f"loss test: {self.zone!r} is no time zone; expected a name like 'Europe/Zurich' or 'UTC'"
+            ) from error
+        reference = self.reference
+        if not (math.isfinite(reference.mean) and math.isfinite(reference.se)) or reference.se < 0:
+            raise InvalidInputError(f"loss test: the reference is {reference}; measure it again on labelled rows")
+        if reference.se > 0 and reference.clusters < 2:
+            raise InvalidInputError(
+                f"loss test: the reference has {reference.clusters} clusters; expected at least 2, for example days"
+            )
+        if not self.floor < self.limit < self.bound:
+            raise InvalidInputError(
+                f"loss test: losses up to {self.limit:.4g} are tolerated, which must lie between floor {self.floor:g} "
+                f"and bound {self.bound:g}; raise the bound, lower the floor or epsilon, or measure the reference on "
+                "more days"
+            )
+
+    @property
+    def limit(self) -> float:
+        """The loss that is tolerated."""
+        margin = 0.0
+        if self.reference_share > 0 and self.reference.se > 0:
+            margin = self.reference.se * float(
+                stats.t.isf(self.alpha * self.reference_share, self.reference.clusters - 1)
+            )
+        return self.reference.mean + margin + self.epsilon
+
+    def update(
+        self, times: Any, losses: Any, *, matured_until: dt.datetime, batch: str
+    ) -> tuple[LossVerdict, LossTest]:
+        """Take in rows in any order, then judge the clusters that have matured.
+
+        Rows go under their ``batch``: giving a batch again replaces what it gave before, so a repeated task changes
+        nothing, and the order in which batches come changes nothing as long as they come before their days mature.
+
+        :param times: when each row was predicted, with a time zone
+        :param losses: loss by row, missing where the label is not known; infinity is clipped to ``bound``
+        :param matured_until: labels of rows predicted before this are all there that will be: now less the label
+            delay; never goes back
+        :param batch: what identifies these rows, for example the start of their window
+        :return: the verdict, and the test to go on with
+        :raises DataError: lengths differ, a time is missing or has no zone
+        :raises InvalidInputError: a parameter is out of range, or ``matured_until`` has no zone
+        """
+        self.check()
+        if not isinstance(matured_until, dt.datetime) or matured_until.tzinfo is None:
+            raise InvalidInputError(
+                f"matured_until is {matured_until!r}; expected a datetime with a time zone: now less the label delay"
+            )
+        matured = matured_until.astimezone(dt.timezone.utc)
+        if self.state.matured_until is not None:
+            matured = max(matured, dt.datetime.fromisoformat(self.state.matured_until))
+        groups = self._groups(times, losses)
+        late = sum(rows for key, (rows, _, _) in groups.items() if self._closed(key))
+        waiting = {
+            key: {name: value for name, value in batches.items() if name != batch}
+            for key, batches in self.state.waiting.items()
+        }
+        for key, group in groups.items():
+            if not self._closed(key):
+                waiting.setdefault(key, {})[batch] = group
+        state = replace(self.state, matured_until=matured.isoformat(), waiting={})
+        left = {}
+        for key in sorted(key for key, batches in waiting.items() if batches):
+            if self._end(key) <= matured:
+                state = self._judge(state, key, waiting[key])
+            else:
+                left[key] = waiting[key]
+        test = replace(self, state=replace(state, waiting=left))
+        return test._verdict(late), test
+
+    def _groups(self, times: Any, losses: Any) -> dict[str, tuple[int, int, float]]:
+        """Cluster -> rows, rows with a loss, and the sum of their losses."""
+        values = as_floats(losses)
+        stamps = pd.Series(times).reset_index(drop=True)
+        if len(stamps) != len(values):
+            raise DataError(f"times and losses have {len(stamps)} and {len(values)} rows; they must be of equal length")
+        if not len(stamps):
+            return {}
+        if not isinstance(stamps.dtype, pd.DatetimeTZDtype):
+            raise DataError(f"times are {stamps.dtype}; expected timestamps with one time zone, for example UTC")
+        if stamps.isna().any():
+            raise DataError(f"{int(stamps.isna().sum())} of {len(stamps)} rows have no time; every row needs one")
+        if (values == -math.inf).any():
+            raise DataError("a loss is minus infinity; expected losses that are finite, or plus infinity to be clipped")
+        local = stamps.dt.tz_convert(self.zone).dt.tz_localize(None)
+        day = local.to_numpy("datetime64[D]").astype("int64")
+        first = day // self.days * self.days
+        # In steps of 2**-30, sums up to 2**22 are exact, so the order in which rows and batches come leaves no trace.
+        values = np.round(np.minimum(values, self.bound) * 2**30) / 2**30
+        groups = {}
+        for start in np.unique(first):
+            mine = values[first == start]
+            known = mine[~np.isnan(mine)]
+            key = dt.date.fromordinal(_EPOCH + int(start)).isoformat()
+            groups[key] = (len(mine), len(known), float(known.sum()))
+        return groups
+
+    def _end(self, key: str) -> dt.datetime:
+        after = dt.date.fromisoformat(key) + dt.timedelta(days=self.days)
+        return dt.datetime(after.year, after.month, after.day, tzinfo=ZoneInfo(self.zone)).astimezone(dt.timezone.utc)
+
+    def _closed(self, key: str) -> bool:
+        matured = self.state.matured_until
+        return matured is not None and self._end(key) <= dt.datetime.fromisoformat(matured)
+
+    def _judge(self, state: LossState, key: str, batches: Mapping[str, tuple[int, int, float]]) -> LossState:
+        rows = sum(batch[0] for batch in batches.values())
+        known = sum(batch[1] for batch in batches.values())
+        if not known or known < self.min_labelled * rows:
+            return replace(state, skipped=state.skipped + 1)
+        mean = sum(batch[2] for batch in batches.values()) / known
+        # The clusters of the reference show how far means of clusters spread; a tenth of the limit when they do not.
+        reference = self.reference
+        room = self.limit - self.floor
+        variance = max(reference.se**2 * reference.clusters, (0.1 * room) ** 2)
+        capital = state.capital or Capital.start(reference.mean, variance, self.correlation)
+        levels = self.floor + room * _LEVELS
+        rise = math.sqrt(variance) / 2
+        capital = capital.bet(max(mean, self.floor), levels, self.floor, rise, variance, self.correlation)
+        shown = capital.best[_LIMIT] >= math.log(self.needed)
+        return replace(
+            state,
+            capital=capital,
+            looks=state.looks + 1,
+            rows=state.rows + known,
+            total=state.total + mean,
+            below_floor=state.below_floor + (mean < self.floor),
+            since=state.since or (key if shown else None),
+        )
+
+    @property
+    def needed(self) -> float:
+        """The evidence that is harm: one over what the reference leaves of ``alpha``."""
+        share = self.reference_share if self.reference.se > 0 else 0.0
+        return 1 / (self.alpha * (1 - share))
+
+    def _verdict(self, late: int) -> LossVerdict:
+        state, limit = self.state, self.limit
+        best = state.capital.best if state.capital else np.zeros(len(_LEVELS))
+        exceeded = int(np.argmin([*(best >= math.log(self.needed)), False]))
+        low = self.floor + (limit - self.floor) * float(_LEVELS[exceeded - 1]) if exceeded else self.floor
+        harmful = state.since is not None
+        reasons = []
+        if harmful:
+            reasons.append(f"by the cluster of {state.since} the loss was shown to be above {limit:.4g}")
+        if not state.looks:
+            reasons.append("no cluster has been judged yet: wait until labels have matured")
+        if state.skipped:
+            reasons.append(
+                f"{state.skipped} clusters matured with fewer than {self.min_labelled:.0%} of their labels and were "
+                "left out: tell a later maturity"
+            )
+        if state.below_floor:
+            reasons.append(
+                f"{state.below_floor} clusters had a mean loss below the floor {self.floor:g}: lower the floor, the "
+                "error rate does not hold"
+            )
+        enough = state.looks > 0 and state.skipped <= state.looks and not state.below_floor
+        if enough and not harmful:
+            reasons.append(f"no loss above {limit:.4g} shown in {state.looks} looks")
+        return LossVerdict(
+            verdict="harm" if harmful else "stable" if enough else "not_enough_data",
+            harmful=harmful,
+            evidence=math.exp(min(float(best[_LIMIT]), 700.0)),
+            needed=self.needed,
+            looks=state.looks,
+            mean=state.total / state.looks if state.looks else None,
+            low=low,
+            limit=limit,
+            autocorrelation=float(state.capital.correlation) if state.capital else self.correlation,
+            since=state.since,
+            waiting=len(state.waiting),
+            skipped=state.skipped,
+            late_rows=late,
+            reasons=tuple(reasons),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The test with all it has seen as JSON, a few kilobytes."""
+        parameters = {name: getattr(self, name) for name in (*_RANGES, "zone")}
+        state = {name: getattr(self.state, name) for name in LossState.__dataclass_fields__}
+        state["capital"] = self.state.capital.to_json() if self.state.capital else None
+        state["waiting"] = {
+            key: {name: list(value) for name, value in batches.items()} for key, batches in self.state.waiting.items()
+        }
+        return {"loss_test_version": VERSION, "reference": asdict(self.reference), **parameters, "state": state}
+
+    @classmethod
+    def from_json(cls, value: Any) -> LossTest:
+        """The inverse of :meth:`to_json`.
+
+        :raises InvalidInputError: not a loss test, a newer version, or damaged
+        """
+        if not isinstance(value, dict) or not isinstance(value.get("loss_test_version"), int):
+            raise InvalidInputError("this is not a loss test; expected JSON written by LossTest.to_json()")
+        if value["loss_test_version"] > VERSION:
+            raise InvalidInputError(
+                f"the loss test has version {value['loss_test_version']}, this airflow-mlops reads up to {VERSION}: "
+                "upgrade airflow-mlops here"
+            )
+        try:
+            test = cls(
+                reference=Estimate(**value["reference"]),
+                **{name: value[name] for name in (*_RANGES, "zone")},
+                state=_state(value["state"]),
+            )
+            test.check()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidInputError(
+                f"the loss test is damaged ({error}); start a new one from the champion's reference"
+            ) from error
+        return test
+
+
+_RANGES = {
+    "epsilon": (0.0, math.inf),
+    "alpha": (1e-12, 0.5),
+    "reference_share": (0.0, 0.99),
+    "floor": (-1e12, 1e12),
+    "bound": (-1e12, 1e12),
+    "days": (1, 366),
+    "correlation": (0.0, 0.9),
+    "min_labelled": (0.0, 1.0),
+}
+
+
+def _state(value: Mapping[str, Any]) -> LossState:
+    counts = {name: value[name] for name in ("looks", "rows", "skipped", "below_floor")}
+    if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts.values()):
+        raise ValueError(f"counts are {counts}")
+    capital = None if value["capital"] is None else Capital.from_json(value["capital"])
+    if (capital is None) != (counts["looks"] == 0) or not math.isfinite(value["total"]):
+        raise ValueError("looks, total and capital do not fit each other")
+    if value["matured_until"] is not None and dt.datetime.fromisoformat(value["matured_until"]).tzinfo is None:
+        raise ValueError("matured_until has no time zone")
+    for day in [*value["waiting"], *([value["since"]] if value["since"] is not None else [])]:
+        dt.date.fromisoformat(day)
+    waiting = {
+        key: {str(name): (int(rows), int(known), float(total)) for name, (rows, known, total) in batches.items()}
+        for key, batches in value["waiting"].items()
+    }
+    return LossState(
+        matured_until=value["matured_until"],
+        waiting=waiting,
+        capital=capital,
+        total=float(value["total"]),
+        since=value["since"],
+        **counts,
+    )
