@@ -1,78 +1,37 @@
 """The verdict on drift between two profiles.
 
 A column has drifted when its effect is at least ``min_effect`` *and* its p-value survives the control of the false
-discovery rate over all columns (Benjamini and Yekutieli, 2001: valid under any dependence between columns). The
-first keeps harmless changes of huge windows silent, the second keeps small windows from crying wolf.
+discovery rate over all columns. The first keeps harmless changes of huge windows silent, the second keeps small windows
+from crying wolf. Two controls, both valid whatever the dependence between columns, both with weights whose mean is 1
+(Blanchard and Roquain, 2008):
+
+``by``
+    Benjamini and Yekutieli (2001).
+``e-bh``
+    e-BH (Wang and Ramdas, 2022) on e-values made of the p-values by the admissible calibrator
+    ``(1 - p + p ln p) / (p (ln p)^2)`` (Vovk and Wang, 2021). Of this window alone: a running maximum of an e-process
+    over windows is no e-value, and nothing is carried over from earlier windows.
+
+Four kinds of finding are judged apart, each by fields of its own in :class:`DriftPolicy`: drift of the ``data``, drift
+of the ``prediction``, breaks of ``quality``, and what the ``calendar`` explains, which is shown and never counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from airflow_mlops.drift import distances
-from airflow_mlops.drift.limits import check_ranges, known_fields
+from airflow_mlops.drift.limits import DriftPolicy
 from airflow_mlops.drift.profile import Column, Profile
+from airflow_mlops.drift.quality import find_break, lost
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
-
-@dataclass(frozen=True)
-class DriftPolicy:
-    """When a difference between two profiles is drift.
-
-    :param min_effect: smallest debiased effect that counts: standard deviations (Wasserstein) for numbers,
-        Jensen-Shannon distance for categories
-    :param fdr: bound on the expected share of false ones among the columns called drifted; with no drift at all it
-        bounds the share of windows that alarm
-    :param min_rows: values needed on both sides of a column; fewer is "not enough data"
-    :param max_missing_rise: largest harmless rise of a column's share of missing (or infinite) values
-    :param max_unseen: largest harmless share of values in categories that the reference never had
-    :param min_columns: drifted columns that make the dataset drifted
-    :param calendar_columns: columns that move with the season or the calendar: their drift is shown, never counted
-    """
-
-    min_effect: float = 0.1
-    fdr: float = 0.01
-    min_rows: int = 500
-    max_missing_rise: float = 0.1
-    max_unseen: float = 0.05
-    min_columns: int = 1
-    calendar_columns: tuple[str, ...] = ()
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> DriftPolicy:
-        """A policy from a mapping of its fields.
-
-        :raises InvalidInputError: an unknown field, or a value out of range
-        """
-        given = known_fields(cls, "drift policy", value)
-        if isinstance(given.get("calendar_columns"), str):
-            raise InvalidInputError(f"calendar_columns is the text {given['calendar_columns']!r}; expected a list")
-        policy = cls(**{**given, "calendar_columns": tuple(given.get("calendar_columns", ()))})
-        policy.check()
-        return policy
-
-    def to_json(self) -> dict[str, Any]:
-        """The policy as JSON."""
-        return {**asdict(self), "calendar_columns": list(self.calendar_columns)}
-
-    def check(self) -> None:
-        """Raise :class:`InvalidInputError` when a value is out of range."""
-        check_ranges(self, "drift policy", _RANGES)
-
-
-_RANGES = {
-    "min_effect": (0.0, math.inf),
-    "fdr": (1e-12, 0.5),
-    "min_rows": (2, math.inf),
-    "max_missing_rise": (0.0, 1.0),
-    "max_unseen": (0.0, 1.0),
-    "min_columns": (1, math.inf),
-}
+__all__ = ["ColumnDrift", "DriftPolicy", "DriftReport", "adjust", "compare"]
 
 
 @dataclass(frozen=True)
@@ -80,18 +39,21 @@ class ColumnDrift:
     """What was found in one column.
 
     :param name: column
-    :param status: ``drift``, ``calendar`` (drifted, declared to move with the calendar), ``stable``,
-        ``not_enough_data`` or ``broken``
+    :param status: ``drift``, ``calendar`` (changed, as declared or as in the same season of another year),
+        ``uncounted`` (drifted, of weight 0), ``stable``, ``not_enough_data`` or ``broken``
     :param method: the distance used, see :class:`airflow_mlops.drift.distances.Distance`; None when none could be
     :param distance: the distance between the two samples
     :param effect: the distance less what sampling alone gives
     :param psi: population stability index
     :param p_value: of no change, not adjusted
-    :param adjusted_p: adjusted for the number of columns
+    :param adjusted_p: adjusted for the number and the weights of the columns
     :param reference: mean (numeric) or number of categories, on the reference
     :param current: the same on the current data
     :param missing: share of missing values on both sides
     :param reason: why, in words
+    :param kind: ``data``, ``prediction``, ``quality`` (broken) or ``calendar``
+    :param weight: importance, 1 on average over the columns of its kind; 0 is shown and never counted
+    :param season_effect: the effect against the same season of another year, where it was asked for
     """
 
     name: str
@@ -106,6 +68,9 @@ class ColumnDrift:
     current: float | None = None
     missing: tuple[float, float] = (0.0, 0.0)
     reason: str = ""
+    kind: str = "data"
+    weight: float = 1.0
+    season_effect: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,11 +79,13 @@ class DriftReport:
 
     :param verdict: ``drift``, ``stable`` or ``not_enough_data``; a break of quality is never ``stable``
     :param reasons: why, in words
-    :param columns: one entry for each column, drifted ones first, then by effect
-    :param breaks: column to what broke: missing, new, of another type, all missing, many missing
+    :param columns: one entry for each column, broken and drifted ones first, then by effect
+    :param breaks: column to what broke: missing, new, of another type, all missing, many missing, out of range, stale
     :param rows: rows of the reference and of the current data
     :param digests: digests of the two profiles
     :param policy: the policy used
+    :param kinds: verdict by kind: ``data`` and, where the policy names predictions, ``prediction`` are ``drift``,
+        ``stable`` or ``not_enough_data``; ``quality`` is ``broken`` or ``stable``
     """
 
     verdict: str
@@ -128,6 +95,7 @@ class DriftReport:
     rows: tuple[int, int]
     digests: tuple[str, str]
     policy: DriftPolicy
+    kinds: dict[str, str] = field(default_factory=dict)
 
     @property
     def drifted(self) -> list[str]:
@@ -138,6 +106,7 @@ class DriftReport:
         """The report as JSON, without NaN."""
         return {
             "verdict": self.verdict,
+            "kinds": dict(self.kinds),
             "reasons": list(self.reasons),
             "drifted": self.drifted,
             "columns": [_plain(asdict(column)) for column in self.columns],
@@ -158,63 +127,83 @@ class DriftReport:
             (value["rows"]["reference"], value["rows"]["current"]),
             (value["digests"]["reference"], value["digests"]["current"]),
             DriftPolicy.from_json(value["policy"]),
+            dict(value.get("kinds", {})),
         )
 
 
-def compare(reference: Profile, current: Profile, policy: DriftPolicy | None = None) -> DriftReport:
+def compare(
+    reference: Profile, current: Profile, policy: DriftPolicy | None = None, *, season: Profile | None = None
+) -> DriftReport:
     """Whether ``current`` has drifted from ``reference``.
 
     :param reference: profile of the data the model was trained on
     :param current: profile of the window to judge
     :param policy: what counts as drift
+    :param season: profile of the same season in another year: a column that has drifted from the reference and is as
+        in that season, up to the least effect that counts, is ``calendar``. A drift that happens to lead where the
+        season was is taken for the season too.
     :raises DataError: the two have no column in common
+    :raises InvalidInputError: the policy is out of range, or names a column that neither profile has
     """
     policy = policy or DriftPolicy()
     policy.check()
-    unknown = set(policy.calendar_columns) - set(reference.columns) - set(current.columns)
-    if unknown:
-        raise InvalidInputError(
-            f"calendar_columns names {', '.join(sorted(unknown))}, which neither profile has; correct the names"
-        )
+    _check_names(reference, current, policy)
     common = [name for name in reference.columns if name in current.columns]
     if not common:
         raise DataError(
             f"no column in common: the reference has {', '.join(reference.columns)}, the current data "
             f"{', '.join(current.columns)}. Compare windows of the same dataset."
         )
-    breaks = {
-        name: "missing: the current data lack this column" for name in reference.columns if name not in current.columns
-    }
-    found = [ColumnDrift(name, "broken", reason=text) for name, text in breaks.items()]
+    gone = "missing: the current data lack this column"
+    found = [
+        ColumnDrift(name, "broken", reason=gone, kind="quality") for name in reference.columns if name not in common
+    ]
     found += [_judge_column(name, reference.columns[name], current.columns[name], policy) for name in common]
-    breaks |= {column.name: column.reason for column in found if column.status == "broken"}
-    new = [name for name in current.columns if name not in reference.columns]
-    found = _control_discoveries(found, policy)
+    found = _control_discoveries(_weigh(found, policy), policy)
+    if season is not None:
+        found = [_in_season(column, season, reference, current, policy) for column in found]
     found.sort(key=lambda column: (_ORDER.index(column.status), -(column.effect or 0.0), column.name))
-    verdict, reasons = _judge_dataset(found, reference, current, policy)
-    if new:
-        reasons.append(f"new column(s), not in the reference: {', '.join(new)}")
+    new = [name for name in current.columns if name not in reference.columns]
+    verdict, kinds, reasons = _judge_dataset(found, new, reference, current, policy)
+    breaks = {name: "new: the reference lacks this column" for name in new}
     return DriftReport(
         verdict,
         tuple(reasons),
         tuple(found),
-        breaks | {name: "new: the reference lacks this column" for name in new},
+        {column.name: column.reason for column in found if column.status == "broken"} | breaks,
         (reference.rows, current.rows),
         (reference.digest, current.digest),
         policy,
+        kinds,
     )
 
 
-_ORDER = ("broken", "drift", "calendar", "not_enough_data", "stable")
+_ORDER = ("broken", "drift", "calendar", "uncounted", "not_enough_data", "stable")
+# Fields of a policy that are of use for columns of one kind only.
+_KIND_OF = {"ranges": "numeric", "max_age": "time"}
+
+
+def _check_names(reference: Profile, current: Profile, policy: DriftPolicy) -> None:
+    """:raises InvalidInputError: the policy names columns that are not there, or asks what they cannot answer"""
+    columns = current.columns | reference.columns
+    for name, named in policy.named().items():
+        if unknown := sorted(named - set(columns)):
+            raise InvalidInputError(f"{name} names {', '.join(unknown)}, which neither profile has; correct the names")
+    for name, kind in _KIND_OF.items():
+        for column in sorted(policy.named()[name]):
+            if columns[column].kind not in (kind, "empty"):
+                raise InvalidInputError(f"{name} names {column}, which is {columns[column].kind}; expected {kind}")
+    for column, method in policy.method.items():
+        if (kind := columns[column].kind) != "empty" and method not in distances.METHODS.get(kind, ()):
+            known = " or ".join(distances.METHODS.get(kind, ())) or "none: such a column is not compared"
+            raise InvalidInputError(f"method of {column} is {method}, but the column is {kind}; expected {known}")
 
 
 def _judge_column(name: str, reference: Column, current: Column, policy: DriftPolicy) -> ColumnDrift:
     """The distance of one column, or why there is none; status ``stable`` until the p-values are adjusted."""
-    lost = tuple((column.rows - column.count) / max(column.rows, 1) for column in (reference, current))
-    base: dict[str, Any] = {"missing": lost}
-    broken = _broken(reference, current, lost, policy)
-    if broken:
-        return ColumnDrift(name, "broken", reason=broken, **base)
+    base: dict[str, Any] = {"missing": (lost(reference), lost(current)), "kind": _kind(name, policy)}
+    if broken := find_break(name, reference, current, policy):
+        return ColumnDrift(name, "broken", reason=broken, **(base | {"kind": "quality"}))
     fewer = min(reference.count, current.count)
     if fewer < policy.min_rows:
         reason = f"{fewer} values, at least {policy.min_rows} needed"
@@ -224,7 +213,7 @@ def _judge_column(name: str, reference: Column, current: Column, policy: DriftPo
         reason = f"times, not compared: from {spans[0]} in the reference, {spans[1]} now"
         return ColumnDrift(name, "stable", reason=reason, **base)
     numeric = reference.kind == "numeric"
-    distance = distances.between(reference, current)
+    distance = distances.between(reference, current, policy.method.get(name))
     base |= {
         "method": distance.method,
         "distance": distance.raw,
@@ -240,84 +229,175 @@ def _judge_column(name: str, reference: Column, current: Column, policy: DriftPo
     return ColumnDrift(name, "stable", **base)
 
 
-def _broken(reference: Column, current: Column, lost: tuple[float, ...], policy: DriftPolicy) -> str:
-    if reference.kind == "empty" or not reference.count:
-        return "" if not current.count else "new values: the reference has none in this column"
-    if not current.count:
-        return "all missing: the current data have no usable value in this column"
-    if current.kind != reference.kind:
-        return f"type changed: {reference.type} in the reference, {current.type} now"
-    if lost[1] - lost[0] > policy.max_missing_rise:
-        infinite = f", {current.infinite} of them infinite" if current.infinite else ""
-        return f"missing values: {lost[0]:.1%} in the reference, {lost[1]:.1%} now{infinite}"
-    return ""
+def _kind(name: str, policy: DriftPolicy) -> str:
+    if name in policy.calendar_columns:
+        return "calendar"
+    return "prediction" if name in policy.prediction_columns else "data"
+
+
+def _weigh(found: list[ColumnDrift], policy: DriftPolicy) -> list[ColumnDrift]:
+    """Weights with mean 1 over the columns of a kind that were compared, so that the bound on false ones stays."""
+    if not policy.weights:
+        return found
+    above = [weight for weight in policy.weights.values() if weight > 0]
+    usual = sum(above) / len(above) if above else 1.0
+    raw = {column.name: policy.weights.get(column.name, usual) for column in found}
+    means = {}
+    for kind in _FDR:
+        heavy = [raw[c.name] for c in found if c.kind == kind and c.p_value is not None and raw[c.name] > 0]
+        means[kind] = sum(heavy) / len(heavy) if heavy else usual
+    return [replace(column, weight=raw[column.name] / means.get(column.kind, usual)) for column in found]
+
+
+# Kind to the field of the policy that bounds its false discoveries. Each is a family of its own, so that the many
+# discoveries among calendar columns do not loosen the threshold for the others.
+_FDR = {"data": "fdr", "prediction": "prediction_fdr", "calendar": "fdr"}
 
 
 def _control_discoveries(found: list[ColumnDrift], policy: DriftPolicy) -> list[ColumnDrift]:
-    """Adjusted p-values over the columns that count, and by them which have drifted.
-
-    Calendar columns are judged apart, so that their many discoveries do not loosen the threshold for the others.
-    """
+    """Adjusted p-values by family, and by them which columns have drifted."""
     adjusted: dict[str, float] = {}
-    for calendar in (False, True):
-        family = [
-            (column.name, column.p_value)
-            for column in found
-            if column.p_value is not None and (column.name in policy.calendar_columns) == calendar
-        ]
-        values = adjust([p for _, p in family])
-        adjusted |= {name: value for (name, _), value in zip(family, values)}
-    return [
+    families: dict[tuple[str, bool], list[ColumnDrift]] = {}
+    for column in found:
+        if column.p_value is not None:
+            families.setdefault((column.kind, column.weight > 0), []).append(column)
+    for (_, counts), family in families.items():
+        p_values = [column.p_value for column in family if column.p_value is not None]
+        values = adjust(p_values, [column.weight for column in family] if counts else None, policy.control)
+        adjusted |= {column.name: value for column, value in zip(family, values)}
+    found = [
         _with_status(column, adjusted[column.name], policy) if column.name in adjusted else column for column in found
     ]
+    return [replace(c, status="uncounted") if c.status == "drift" and c.weight == 0 else c for c in found]
 
 
 def _with_status(column: ColumnDrift, adjusted: float, policy: DriftPolicy) -> ColumnDrift:
     status, reason = column.status, column.reason
-    if status == "stable" and column.effect is not None:
-        if column.effect >= policy.min_effect and adjusted <= policy.fdr:
-            status = "calendar" if column.name in policy.calendar_columns else "drift"
+    least = policy.least_effect(column.name, _METHOD[str(column.method)])
+    if status == "stable" and column.effect is not None and adjusted <= getattr(policy, _FDR[column.kind]):
+        if column.effect >= least:
+            status = "calendar" if column.kind == "calendar" else "drift"
             p = "below 1e-16" if adjusted < 1e-16 else f"{adjusted:.2g}"
-            reason = f"{column.method} {column.effect:.3f} (at least {policy.min_effect:g}), adjusted p {p}"
-        elif adjusted <= policy.fdr:
-            reason = f"a real change, too small to matter: {column.effect:.3f} below {policy.min_effect:g}"
-    return ColumnDrift(**{**asdict(column), "status": status, "reason": reason, "adjusted_p": adjusted})
+            reason = f"{column.method} {column.effect:.3f} (at least {least:g}), adjusted p {p}"
+        else:
+            reason = f"a real change, too small to matter: {column.effect:.3f} below {least:g}"
+    return replace(column, status=status, reason=reason, adjusted_p=adjusted)
 
 
-def adjust(p_values: list[float]) -> list[float]:
-    """Benjamini-Yekutieli adjusted p-values, in the order given."""
+# A report's name of a method to a policy's.
+_METHOD = {"wasserstein": "wasserstein", "jensenshannon": "js", "psi": "psi", "ks": "ks"}
+
+
+def adjust(p_values: Sequence[float], weights: Sequence[float] | None = None, control: str = "by") -> list[float]:
+    """Adjusted p-values, in the order given: those at most q are the discoveries at false discovery rate q.
+
+    :param p_values: one for each hypothesis; any dependence between them
+    :param weights: above 0, their mean at most 1; all 1 when not given
+    :param control: ``by`` or ``e-bh``
+    """
     p = np.asarray(p_values, float)
     count = len(p)
     if not count:
         return []
-    order = np.argsort(p, kind="stable")
-    harmonic = np.sum(1.0 / np.arange(1, count + 1))
-    scaled = p[order] * count * harmonic / np.arange(1, count + 1)
+    with np.errstate(divide="ignore"):
+        inverse = 1 / p if control == "by" else _e_values(p)
+        score = 1 / (inverse * (np.ones(count) if weights is None else np.asarray(weights, float)))
+    order = np.argsort(score, kind="stable")
+    harmonic = np.sum(1.0 / np.arange(1, count + 1)) if control == "by" else 1.0
+    scaled = score[order] * count * harmonic / np.arange(1, count + 1)
     result = np.empty(count)
     result[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
     return result.tolist()
 
 
+def _e_values(p: np.ndarray) -> np.ndarray:
+    """e-values of p-values: the mixture of all ``k p^(k - 1)``, 0 < k < 1."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(p)
+        values = (1 - p + p * logs) / (p * logs**2)
+    # Near 1 the numerator cancels; its series is 1/2 + (1 - p) / 6 there.
+    values = np.where(p > 1 - 1e-4, 0.5 + (1 - p) / 6, values)
+    return np.where(p <= 0, np.inf, values)
+
+
+def _in_season(
+    column: ColumnDrift, season: Profile, reference: Profile, current: Profile, policy: DriftPolicy
+) -> ColumnDrift:
+    """A drifted column again, against the same season of another year."""
+    if column.status != "drift" or column.kind != "data":
+        return column
+    before, now = season.columns.get(column.name), current.columns[column.name]
+    if before is None or before.kind != now.kind or before.count < policy.min_rows:
+        return replace(column, reason=f"{column.reason}; the season's profile cannot tell, it has too little of it")
+    distance = distances.between(before, now, policy.method.get(column.name), reference.columns[column.name].std)
+    least = policy.least_effect(column.name, _METHOD[distance.method])
+    fits = distance.effect < least and distance.unseen <= policy.max_unseen
+    if not fits:
+        reason = f"{column.reason}; {distance.effect:.3f} from the same season of another year too"
+        return replace(column, reason=reason, season_effect=distance.effect)
+    reason = (
+        f"as in the same season of another year: {distance.effect:.3f} from it, {column.effect:.3f} from the reference"
+    )
+    return replace(column, status="calendar", kind="calendar", reason=reason, season_effect=distance.effect)
+
+
 def _judge_dataset(
-    found: list[ColumnDrift], reference: Profile, current: Profile, policy: DriftPolicy
-) -> tuple[str, list[str]]:
-    by_status = {status: [column for column in found if column.status == status] for status in _ORDER}
-    reasons = [f"{column.name}: {column.reason}" for column in by_status["broken"] + by_status["drift"]]
-    if by_status["calendar"]:
-        names = ", ".join(column.name for column in by_status["calendar"])
-        reasons.append(f"drifted with the calendar, not counted: {names}")
-    if by_status["not_enough_data"]:
-        names = ", ".join(f"{column.name} ({column.reason})" for column in by_status["not_enough_data"])
-        reasons.append(f"not enough data: {names}")
+    found: list[ColumnDrift], new: list[str], reference: Profile, current: Profile, policy: DriftPolicy
+) -> tuple[str, dict[str, str], list[str]]:
+    """The verdict, that of each kind, and the reasons."""
+    counted = [column for column in found if column.weight > 0]
+    broken, drifted = ([c for c in counted if c.status == status] for status in ("broken", "drift"))
+    reasons = [f"{column.name}: {column.reason}" for column in broken + drifted]
+    reasons += _asides(found, new, policy)
+    kinds = {"data": _judge_data(counted, policy), "quality": "broken" if broken else "stable"}
+    if policy.prediction_columns:
+        kinds["prediction"] = _judge_prediction(counted)
     fewer = min(reference.rows, current.rows)
     if fewer < policy.min_rows:
-        return "not_enough_data", [f"{fewer} rows, at least {policy.min_rows} needed", *reasons]
-    if by_status["broken"] or len(by_status["drift"]) >= policy.min_columns:
-        return "drift", reasons
-    judged = [column for column in found if column.p_value is not None and column.name not in policy.calendar_columns]
-    if not judged:
-        return "not_enough_data", [*reasons, "no column that counts could be compared"]
-    return "stable", [*reasons, f"{len(judged)} column(s) compared, {len(by_status['drift'])} drifted"]
+        kinds |= {kind: "not_enough_data" for kind in kinds if kind != "quality"}
+        return "not_enough_data", kinds, [f"{fewer} rows, at least {policy.min_rows} needed", *reasons]
+    if broken or "drift" in kinds.values():
+        return "drift", kinds, reasons
+    for kind, what in (("data", "column"), ("prediction", "prediction")):
+        if kinds.get(kind) == "not_enough_data":
+            return "not_enough_data", kinds, [*reasons, f"no {what} that counts could be compared"]
+    judged = [column for column in counted if column.p_value is not None and column.kind in ("data", "prediction")]
+    return "stable", kinds, [*reasons, f"{len(judged)} column(s) compared, {len(drifted)} drifted"]
+
+
+def _judge_data(counted: list[ColumnDrift], policy: DriftPolicy) -> str:
+    judged = [column for column in counted if column.kind == "data" and column.p_value is not None]
+    drifted = [column for column in judged if column.status == "drift"]
+    weight = sum(column.weight for column in drifted)
+    # A sum of floats: all columns together must reach all of the weight.
+    enough = weight >= policy.min_weight * sum(column.weight for column in judged) * (1 - 1e-12)
+    if drifted and len(drifted) >= policy.min_columns and enough:
+        return "drift"
+    explained = any(column.status == "calendar" and column.season_effect is not None for column in counted)
+    return "stable" if judged or explained else "not_enough_data"
+
+
+def _judge_prediction(counted: list[ColumnDrift]) -> str:
+    judged = [column for column in counted if column.kind == "prediction" and column.p_value is not None]
+    if any(column.status == "drift" for column in judged):
+        return "drift"
+    return "stable" if judged else "not_enough_data"
+
+
+def _asides(found: list[ColumnDrift], new: list[str], policy: DriftPolicy) -> list[str]:
+    """What does not count, and is not to be overlooked."""
+    asides = []
+    if weightless := [c.name for c in found if c.weight == 0 and c.status in ("broken", "uncounted")]:
+        asides.append(f"of weight 0, not counted: {', '.join(weightless)}")
+    if calendar := [column.name for column in found if column.status == "calendar" and column.weight > 0]:
+        asides.append(f"drifted with the calendar, not counted: {', '.join(calendar)}")
+    if lacking := [f"{c.name} ({c.reason})" for c in found if c.status == "not_enough_data"]:
+        asides.append(f"not enough data: {', '.join(lacking)}")
+    if new:
+        asides.append(f"new column(s), not in the reference: {', '.join(new)}")
+    if unknown := sorted(set(policy.prediction_columns) & set(new)):
+        asides.append(f"predictions not judged, the reference has none: {', '.join(unknown)}")
+    return asides
 
 
 def _plain(value: Any) -> Any:
