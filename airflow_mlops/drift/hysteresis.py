@@ -13,10 +13,12 @@ from __future__ import annotations
 import datetime as dt
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from airflow_mlops.drift.compare import ColumnDrift, DriftReport
+from airflow_mlops.drift.harm import HarmReport
 from airflow_mlops.drift.limits import check_ranges, known_fields
 from airflow_mlops.exceptions import InvalidInputError
 
@@ -193,6 +195,59 @@ class Hysteresis:
         """The grants that a later decision can depend on."""
         reach = max(self.window, self.cooldown)
         return [grant for place, grant in enumerate(grants) if grant > when - reach or place >= len(grants) - _KEPT]
+
+
+def severity(
+    drift: DriftReport | None,
+    harm: HarmReport | None,
+    kinds: Collection[str],
+    wanted: bool,
+    arm: float = 1.0,
+    share: tuple[float, float] | None = None,
+) -> float | None:
+    """How far the evidence is above what the policies tolerate: 1 at the tolerance, 2 at twice of it.
+
+    Of harm it is the largest of the three tests; of drift the column with which the dataset counts as drifted: the
+    ``min_columns``-th by effect. Evidence on which the policies ask for no training is no breach, however large.
+
+    :param kinds: what training is asked for: ``harm``, ``drift``
+    :param wanted: whether the policies ask for it
+    :param arm: where a breach begins
+    :param share: of drifted columns, and its limit, where that decides on the dataset
+    :return: None when there is not enough data for an answer
+    """
+    found = []
+    if "harm" in kinds and harm is not None and harm.verdict != "not_enough_data":
+        found += [_ratio(test.change, test.tolerance, test.harmful) for test in harm.tests]
+    if "drift" in kinds and drift is not None and drift.verdict != "not_enough_data":
+        if share is not None:
+            found.append(_ratio(*share, wanted))
+        else:
+            effects = sorted((_effect(column, drift) for column in drift.columns), reverse=True)
+            found += effects[drift.policy.min_columns - 1 :][:1] or [0.0]
+    if wanted:
+        return max([*found, 1.0])
+    return max(0.0, min(max(found), 0.99 * arm)) if found else None
+
+
+def _effect(column: ColumnDrift, drift: DriftReport) -> float:
+    """A column's effect in tolerances; 0 for one that does not count."""
+    if column.status not in ("drift", "stable") or column.weight == 0:
+        return 0.0
+    drifted = column.status == "drift"
+    if column.effect is None:
+        return float(drifted)
+    tolerance = drift.policy.least_effect(column.name, _METHODS.get(str(column.method), str(column.method)))
+    ratio = _ratio(column.effect, tolerance, drifted)
+    return max(ratio, 1.0) if drifted else ratio
+
+
+# A report's name of a method to a policy's, where they differ.
+_METHODS = {"jensenshannon": "js"}
+
+
+def _ratio(change: float, tolerance: float, over: bool) -> float:
+    return change / tolerance if tolerance > 0 else float(over)
 
 
 def _parts(state: Mapping[str, Any] | None) -> tuple[list[dict[str, Any]], list[dt.datetime]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 
 from airflow_mlops import storage
-from airflow_mlops.drift.profile import Column, Profile, batches, category_name
+from airflow_mlops.drift.profile import Column, Profile, batches
 
 ROWS = 5000
 
@@ -26,7 +27,7 @@ def sample(source: Any, profile: Profile, rows: int = ROWS) -> pd.DataFrame:
         first, last = np.searchsorted(chosen, [offset, offset + batch.num_rows])
         kept.append(batch.take(pa.array(chosen[first:last] - offset)))
         offset += batch.num_rows
-    return pa.Table.from_batches(kept).select(list(profile.columns)).to_pandas()
+    return together(kept).select(list(profile.columns)).to_pandas()
 
 
 def resample(profile: Profile, rows: int = ROWS) -> pd.DataFrame:
@@ -74,13 +75,13 @@ def write_page(uri: str, reference: Profile, current: Profile, source: Any, rows
     from evidently.presets import DataDriftPreset
 
     drawn, seen = resample(reference, rows), sample(source, current, rows)
-    numeric = [str(name) for name in drawn if _comparable(name, "numeric", reference, current)]
-    categorical = [str(name) for name in drawn if _comparable(name, "categorical", reference, current)]
+    numeric = [str(name) for name in drawn if comparable(name, "numeric", reference, current)]
+    categorical = [str(name) for name in drawn if comparable(name, "categorical", reference, current)]
     for name in numeric:
-        seen[name] = pd.to_numeric(seen[name]).astype("float64").replace([np.inf, -np.inf], np.nan)
+        seen[name] = numbers(seen[name])
     numeric = [name for name in numeric if seen[name].notna().any() and drawn[name].notna().any()]
     for name in categorical:
-        seen[name] = _text(seen[name])
+        seen[name] = names(seen[name], "(missing)")
     left_out = sorted((set(reference.columns) | set(current.columns)) - set(numeric) - set(categorical))
     if not numeric and not categorical:
         return left_out
@@ -97,10 +98,26 @@ def write_page(uri: str, reference: Profile, current: Profile, source: Any, rows
     return left_out
 
 
-def _comparable(name: Any, kind: str, reference: Profile, current: Profile) -> bool:
+def comparable(name: Any, kind: str, reference: Profile, current: Profile) -> bool:
+    """Whether a column is of ``kind`` on both sides."""
     return name in current.columns and reference.columns[name].kind == current.columns[name].kind == kind
 
 
-def _text(values: pd.Series) -> pd.Series:
-    """Names as a profile writes them, missing ones by a name of their own."""
-    return values.astype(object).map(lambda value: "(missing)" if pd.isna(value) else category_name(value)).astype(str)
+def numbers(values: pd.Series) -> pd.Series:
+    """A column of any numeric type as Evidently takes it; infinities as missing."""
+    return pd.to_numeric(values).astype("float64").replace([np.inf, -np.inf], np.nan)
+
+
+def names(values: pd.Series, missing: str | None) -> pd.Series:
+    """Names as a profile writes them, and ``missing`` for missing ones."""
+    return values.astype(object).map(lambda value: missing if pd.isna(value) else _name(value)).astype(object)
+
+
+def _name(value: Any) -> str:
+    # 1 and 1.0 are one category: a missing value turns whole numbers into floats.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def together(found: Iterable[pa.RecordBatch]) -> pa.Table:
+    """Batches of files whose types or columns differ as one table."""
+    return pa.concat_tables([pa.Table.from_batches([batch]) for batch in found], promote_options="permissive")

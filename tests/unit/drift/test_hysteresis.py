@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airflow_mlops.drift.hysteresis import Hysteresis
+from airflow_mlops.drift import ColumnDrift, DriftPolicy, DriftReport, HarmPolicy, HarmReport
+from airflow_mlops.drift.harm import HarmTest
+from airflow_mlops.drift.hysteresis import Hysteresis, severity
 from airflow_mlops.exceptions import InvalidInputError
 
 START = dt.datetime(2013, 1, 1, tzinfo=dt.timezone.utc)
@@ -213,3 +215,41 @@ def test_a_state_that_cannot_be_read_is_an_error(state, message):
 def test_a_window_needs_a_time_zone():
     with pytest.raises(InvalidInputError, match="time zone"):
         Hysteresis().decide(None, 1.0, dt.datetime(2013, 1, 1))
+
+
+def drift_of(effects, min_columns=1, verdict="drift"):
+    columns = tuple(ColumnDrift(n, status, "wasserstein", effect=effect) for n, (status, effect) in effects.items())
+    return DriftReport(verdict, (), columns, {}, (900, 900), ("", ""), DriftPolicy(min_columns=min_columns))
+
+
+def harm_of(*tests, verdict="harm"):
+    found = tuple(
+        HarmTest(n, 0.5, 0.5 + change, change, 0.02, 0.01, 0.01, 0.05, harmful) for n, change, harmful in tests
+    )
+    return HarmReport(verdict, (), found, 900, 30, HarmPolicy())
+
+
+def test_severity_is_one_at_the_tolerance():
+    drift = drift_of({"a": ("drift", 0.3), "b": ("drift", 0.2), "c": ("calendar", 9.0), "d": ("stable", 0.01)})
+    assert severity(drift, None, ["drift"], True) == pytest.approx(3)
+    second = drift_of({"a": ("drift", 0.3), "b": ("drift", 0.2)}, min_columns=2)
+    assert severity(second, None, ["drift"], True) == pytest.approx(2)
+    unseen = drift_of({"a": ("drift", 0.001)})
+    assert severity(unseen, None, ["drift"], True) == 1
+    harm = harm_of(("log_loss", 0.05, True), ("calibration", -0.4, False))
+    assert severity(drift, harm, ["harm"], True) == pytest.approx(2.5)
+    assert severity(drift, harm, ["harm", "drift"], True) == pytest.approx(3)
+
+
+def test_evidence_that_asks_for_nothing_is_no_breach_and_arms_only_when_it_is_small():
+    noisy = drift_of({"a": ("stable", 0.7)}, verdict="stable")
+    assert severity(noisy, None, ["drift"], False) == 0.99
+    assert severity(noisy, None, ["drift"], False, arm=9.0) == pytest.approx(7)
+    assert severity(drift_of({"a": ("stable", 0.02)}, verdict="stable"), None, ["drift"], False) == pytest.approx(0.2)
+    assert severity(None, harm_of(("log_loss", -0.5, False), verdict="stable"), ["harm"], False) == 0
+
+
+def test_no_evidence_is_no_score():
+    assert severity(drift_of({}, verdict="not_enough_data"), None, ["drift"], False) is None
+    assert severity(drift_of({}), harm_of(verdict="not_enough_data"), ["harm"], False) is None
+    assert severity(drift_of({"a": ("broken", None)}), None, ["drift"], False) == 0
