@@ -8,6 +8,8 @@ quantile sketches (KLL, whose seed the ``datasketches`` library does not expose)
 distinct values is held exactly. Two histograms share a grid, so their distribution functions are exact at every
 bin edge.
 
+:class:`Bins` counts quickly: a window of short keys held densely, everything outside it as pairs of key and count.
+
 Limit: bins are equally wide on a logarithmic scale, so a bulk far from zero *and* outliers over many orders of
 magnitude on both sides leave few bins for the bulk.
 """
@@ -20,8 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 CAPACITY = 1024
+_FIRST = 4096
+_SLOTS = 4096
 _FLIP = np.int64(0x7FFFFFFFFFFFFFFF)
 
 
@@ -37,14 +43,8 @@ def from_keys(keys: np.ndarray) -> np.ndarray:
 
 
 def _count(keys: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    short = keys >> shift
-    low = int(short.min())
-    spread = int(short.max()) - low
-    if spread <= 4 * len(short) + 1024:
-        counts = np.bincount(short - low, minlength=spread + 1)
-        used = np.flatnonzero(counts)
-        return used + low, counts[used]
-    return np.unique(short, return_counts=True)
+    counted = pc.value_counts(pa.array(keys >> shift))
+    return counted.field("values").to_numpy(), counted.field("counts").to_numpy()
 
 
 def _group(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,14 +89,15 @@ class Histogram:
     def add(self, values: np.ndarray) -> None:
         """Count finite float64 ``values``."""
         if len(values):
-            self._absorb(*_count(to_keys(values), self.shift), self.shift)
+            self.absorb(*_count(to_keys(values), self.shift), self.shift)
 
     def merge(self, other: Histogram) -> None:
         """Add the counts of ``other``."""
         if len(other.keys):
-            self._absorb(other.keys, other.counts, other.shift)
+            self.absorb(other.keys, other.counts, other.shift)
 
-    def _absorb(self, keys: np.ndarray, counts: np.ndarray, shift: int) -> None:
+    def absorb(self, keys: np.ndarray, counts: np.ndarray, shift: int) -> None:
+        """Add ``counts`` of values by their ``keys``, of which ``shift`` bits were dropped."""
         common = max(self.shift, shift)
         keys, counts = _group(
             np.concatenate([self.keys >> (common - self.shift), keys >> (common - shift)]),
@@ -148,6 +149,74 @@ class Histogram:
         if not 0 <= shift <= 63 or (counts <= 0).any() or (keys[1:] <= keys[:-1]).any():
             raise ValueError("the histogram's bins are not in order")
         return cls(shift, keys, counts)
+
+
+class Bins:
+    """A histogram under construction.
+
+    Keys of one sign are in the order of their magnitudes, so that counts of the largest magnitudes, where nearly all
+    values are, fit an array of either sign; the few smaller ones are counted one by one.
+    """
+
+    def __init__(self) -> None:
+        self._histogram = Histogram()
+        self._counts = np.zeros(0, np.int64)
+        self._shift = self._floor = 0
+
+    def add(self, bits: np.ndarray, lowest: float, highest: float) -> None:
+        """Count values by the ``bits`` (int64) of their floats, zeros positive, between ``lowest`` and ``highest``."""
+        if not len(self._histogram.keys):
+            # The first values settle most of the shift: what follows is not counted at full resolution.
+            self._one_by_one(bits[:_FIRST])
+            bits = bits[_FIRST:]
+        if self._histogram.shift:
+            self._in_array(bits, lowest < 0, max(-lowest, highest))
+        elif len(bits):
+            self._one_by_one(bits)
+
+    def add_counts(self, values: np.ndarray, counts: np.ndarray) -> None:
+        """Add ``counts`` of distinct ``values``."""
+        self._histogram.absorb(to_keys(values), counts, 0)
+
+    def finish(self) -> Histogram:
+        """The histogram of all that was added."""
+        used = np.flatnonzero(self._counts)
+        if len(used):
+            size = len(self._counts) // 2
+            magnitudes = self._floor - 1 + used % size
+            keys = np.where(used < size, magnitudes, ~magnitudes)
+            self._histogram.absorb(keys, self._counts[used], self._shift)
+        self._counts = np.zeros(0, np.int64)
+        return self._histogram
+
+    def _one_by_one(self, bits: np.ndarray) -> None:
+        keys = bits ^ ((bits >> 63) & _FLIP)
+        self._histogram.absorb(*_count(keys, self._histogram.shift), self._histogram.shift)
+
+    def _in_array(self, bits: np.ndarray, signed: bool, largest: float) -> None:
+        top = int(np.float64(largest).view(np.int64))
+        if not len(self._counts) or top >> self._shift >= self._floor + _SLOTS:
+            self.finish()
+            self._shift = self._histogram.shift
+            # An eighth of the array is left for larger values to come.
+            self._floor = max((top >> self._shift) - _SLOTS * 7 // 8, 0)
+            self._counts = np.zeros(2 * (_SLOTS + 1), np.int64)
+        # Slot 0 of either sign is for what lies below the array.
+        slots = (bits & _FLIP) >> self._shift if signed else bits >> self._shift
+        np.subtract(slots, self._floor - 1, out=slots)
+        np.maximum(slots, 0, out=slots)
+        if signed:
+            np.add(slots, (bits >> 63) & (_SLOTS + 1), out=slots)
+        counts = np.bincount(slots, minlength=len(self._counts) if signed else _SLOTS + 1)
+        below = int(counts[0]) + (int(counts[_SLOTS + 1]) if signed else 0)
+        counts[0] = 0
+        if signed:
+            counts[_SLOTS + 1] = 0
+        self._counts[: len(counts)] += counts
+        if below:
+            self._one_by_one(bits[(bits & _FLIP) >> self._shift < self._floor])
+            if below > len(bits) // 4:
+                self.finish()
 
 
 def edges(keys: np.ndarray, shift: int, minimum: float, maximum: float) -> tuple[np.ndarray, np.ndarray]:
