@@ -40,6 +40,8 @@ _PSI_FLOOR = 1e-4
 _MIN_EXPECTED = 5
 # Values expected on the smaller side from which on the expansion of a cell's noise is as good as its exact sum.
 _EXPANDED = 50
+# Counts that so many expected ones stay below: more than ten deviations above do not happen.
+_TAIL = 128
 
 
 @dataclass(frozen=True)
@@ -254,11 +256,15 @@ def _noise(totals: np.ndarray, n: int, m: int, terms: Callable[..., np.ndarray],
     noise = curvature * (1 / n + 1 / m) * float(np.sum((1 - sizes[many] / (n + m)) * occurrences[many]))
     sizes, occurrences = sizes[~many], occurrences[~many]
     if len(sizes):
-        # The count on the smaller side; more than 20 deviations above 50 do not happen.
-        small = np.minimum(np.arange(200)[:, None], sizes)
-        weights = np.where(np.arange(200)[:, None] <= sizes, stats.binom.pmf(small, sizes, share), 0.0)
-        split = (small / n, (sizes - small) / m) if n <= m else ((sizes - small) / n, small / m)
-        noise += float(np.sum(weights * terms(*split) * occurrences))
+        small = np.arange(_TAIL)[:, None]
+        # The binomial distribution by its recursion: 0 from the first count on that exceeds the size.
+        ratios = np.empty((_TAIL, len(sizes)))
+        ratios[0] = np.exp(sizes * np.log1p(-share))
+        ratios[1:] = (sizes - small[:-1]) / small[1:] * (share / (1 - share))
+        weights = np.cumprod(ratios, axis=0)
+        large = np.maximum(sizes - small, 0)
+        split = (small / n, large / m) if n <= m else (large / n, small / m)
+        noise += float(np.sum(weights * terms(*np.broadcast_arrays(*split)) * occurrences))
     return noise
 
 
