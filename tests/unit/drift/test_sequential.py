@@ -121,12 +121,12 @@ def test_real_harm_is_found_at_once_or_after_a_good_year(rng, before, loss, with
 
 def test_the_whole_test_keeps_its_rate_with_a_reference_that_is_itself_measured(rng):
     """10 days of reference, new in every run; the limit is at the truth but for the reference's own error."""
-    runs, alarms, bold = 80, 0, 0
+    runs, alarms, bold = 60, 0, 0
     for _ in range(runs):
         seen = day_means(rng, 1, 10, 0.40)[0]
         reference = Estimate(float(seen.mean()), float(seen.std(ddof=1) / math.sqrt(10)), 10)
-        times = pd.Series(pd.date_range(START, periods=120, freq="D"))
-        means = day_means(rng, 1, 120, 0.40)[0]
+        times = pd.Series(pd.date_range(START, periods=80, freq="D"))
+        means = day_means(rng, 1, 80, 0.40)[0]
         alarms += run(LossTest(reference, epsilon=0.0, alpha=0.1, correlation=0.0), times, means)[0].harmful
         bold += run(LossTest(reference, epsilon=0.0, alpha=0.1, correlation=0.0, reference_share=0), times, means)[
             0
@@ -233,6 +233,10 @@ def test_a_batch_that_is_given_again_replaces_itself():
         _, test = test.update(times, losses, matured_until=START, batch="first day")
     verdict, _ = test.update(times[:0], [], matured_until=START + pd.Timedelta("1D"), batch="")
     assert verdict.mean == pytest.approx(0.6) and verdict.skipped == 0
+    # What it no longer has is forgotten.
+    _, test = LossTest(REFERENCE).update([START], [0.5], matured_until=START, batch="a")
+    _, test = test.update([START + pd.Timedelta("1D")], [0.5], matured_until=START, batch="a")
+    assert list(test.state.waiting) == ["2013-01-02"]
 
 
 def test_days_without_their_labels_are_left_out_and_too_many_are_never_stable(rng):
