@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from airflow_mlops.drift import distances
+from airflow_mlops.drift.column import Column
 from airflow_mlops.drift.limits import DriftPolicy
-from airflow_mlops.drift.profile import Column, Profile
+from airflow_mlops.drift.profile import Profile
 from airflow_mlops.drift.quality import find_break, lost
 from airflow_mlops.exceptions import DataError, InvalidInputError
 

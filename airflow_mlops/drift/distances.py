@@ -29,8 +29,8 @@ import numpy as np
 from scipy import stats
 
 from airflow_mlops.drift.categories import SAMPLE, Categories
+from airflow_mlops.drift.column import Column
 from airflow_mlops.drift.histogram import Histogram, edges
-from airflow_mlops.drift.profile import Column
 
 #: The methods of each kind of column, its default first.
 METHODS = {"numeric": ("wasserstein", "js", "psi", "ks"), "categorical": ("js", "psi")}

@@ -10,9 +10,9 @@ import math
 
 import numpy as np
 
+from airflow_mlops.drift.column import Column
 from airflow_mlops.drift.histogram import edges
 from airflow_mlops.drift.limits import DriftPolicy
-from airflow_mlops.drift.profile import Column
 
 # One-sided, one in 3.5 million: rare even over hundreds of columns with many missing values.
 _CERTAIN = 5.0

@@ -16,9 +16,9 @@ from scipy import stats
 
 from airflow_mlops.drift import DriftPolicy, Profile, compare
 from airflow_mlops.drift.categories import Categories
+from airflow_mlops.drift.column import Column
 from airflow_mlops.drift.distances import _chi2, between
 from airflow_mlops.drift.histogram import Histogram, to_keys
-from airflow_mlops.drift.profile import Column
 
 GRID = int(os.environ.get("MLOPS_CALIBRATION_GRID", 0))
 LEVELS = (2, 5, 20, 50, 100, 500)
