@@ -9,10 +9,12 @@ coordinated: two profiles keep the same categories where both have them, which s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
+
+import numpy as np
 
 CAPACITY = 1000
 BUCKETS = 256
@@ -20,8 +22,9 @@ SAMPLE = 128
 _SPAN = 1 << 64
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+def _hashes(names: Iterable[bytes]) -> np.ndarray:
+    """Hashes of UTF-8 ``names``, uint64."""
+    return np.frombuffer(b"".join([blake2b(name, digest_size=8).digest() for name in names]), ">u8").astype(np.uint64)
 
 
 @dataclass
@@ -54,22 +57,24 @@ class Categories:
         return max(CAPACITY + 1, round((len(self.sample) - 1) / (max(self.sample) / _SPAN)))
 
     def add(self, counts: Iterable[tuple[str, int]]) -> None:
-        """Count pairs of category and number of values; a category comes at most once per call."""
+        """Count pairs of category and number of values."""
         if self.hashed:
-            self._add_hashed(counts)
+            self._add_pairs(counts)
             return
         for name, count in counts:
             self.names[name] = self.names.get(name, 0) + count
         if len(self.names) > CAPACITY:
-            names, self.names = self.names, {}
-            self._add_hashed(names.items())
+            self._hash_names()
+
+    def add_many(self, names: Sequence[bytes], counts: np.ndarray) -> None:
+        """Count more than :data:`CAPACITY` distinct UTF-8 ``names``, or whatever there is once hashed."""
+        self._hash_names()
+        self._add_hashes(_hashes(names), counts)
 
     def merge(self, other: Categories) -> None:
         """Add the counts of ``other``."""
         if other.hashed:
-            names, self.names = self.names, {}
-            if names:
-                self._add_hashed(names.items())
+            self._hash_names()
             self._add_counts(other.buckets, other.sample)
         else:
             self.add(other.names.items())
@@ -79,19 +84,30 @@ class Categories:
         if self.hashed:
             return self
         copy = Categories()
-        copy._add_hashed(self.names.items())
+        copy._add_pairs(self.names.items())
         return copy
 
-    def _add_hashed(self, counts: Iterable[tuple[str, int]]) -> None:
-        buckets: dict[int, int] = {}
-        sample: dict[int, int] = {}
-        limit = max(self.sample) if len(self.sample) >= SAMPLE else _SPAN
-        for name, count in counts:
-            key = _hash(name)
-            buckets[key % BUCKETS] = buckets.get(key % BUCKETS, 0) + count
-            if key <= limit:
-                sample[key] = count
-        self._add_counts(buckets, sample)
+    def _hash_names(self) -> None:
+        names, self.names = self.names, {}
+        self._add_pairs(names.items())
+
+    def _add_pairs(self, pairs: Iterable[tuple[str, int]]) -> None:
+        given = list(pairs)
+        if given:
+            names = [name.encode("utf-8", "surrogatepass") for name, _ in given]
+            self._add_hashes(_hashes(names), np.array([count for _, count in given], np.int64))
+
+    def _add_hashes(self, hashes: np.ndarray, counts: np.ndarray) -> None:
+        inside = (hashes % np.uint64(BUCKETS)).astype(np.int64)
+        # Exact: the sums of these floats are whole numbers below 2**53.
+        sums = np.bincount(inside, counts, BUCKETS).astype(np.int64)
+        buckets = {bucket: int(sums[bucket]) for bucket in np.flatnonzero(sums).tolist()}
+        if len(self.sample) >= SAMPLE:
+            near = hashes <= np.uint64(max(self.sample))
+            hashes, counts = hashes[near], counts[near]
+        smallest, groups = np.unique(hashes, return_inverse=True)
+        totals = np.bincount(groups, counts).astype(np.int64)
+        self._add_counts(buckets, dict(zip(smallest[:SAMPLE].tolist(), totals[:SAMPLE].tolist())))
 
     def _add_counts(self, buckets: dict[int, int], sample: dict[int, int]) -> None:
         for key, count in buckets.items():

@@ -32,9 +32,10 @@ def sums(values: np.ndarray) -> tuple[Fraction, Fraction]:
     exponent = math.frexp(highest)[1]
     sizes = np.abs(values)
     if float(sizes.min()) < highest * _SPAN:
-        far = sizes < highest * _SPAN
-        total, squares = _one_by_one(values[far])
-        values = values[~far]
+        far = (sizes < highest * _SPAN) & (sizes > 0)
+        if far.any():
+            total, squares = _one_by_one(values[far])
+            values = values[~far]
     if abs(exponent) > _USUAL:
         values, highest = np.ldexp(values, -exponent), math.ldexp(highest, -exponent)
     else:
@@ -78,7 +79,7 @@ def _split(values: np.ndarray, highest: float) -> list[np.ndarray]:
 
 
 def _one_by_one(values: np.ndarray) -> tuple[Fraction, Fraction]:
-    """For the few numbers, zeros mostly, that are too small beside the others."""
+    """For the few numbers that are too small beside the others."""
     distinct, counts = np.unique(values, return_counts=True)
     pairs = [(Fraction(value), count) for value, count in zip(distinct.tolist(), counts.tolist())]
     return sum((v * n for v, n in pairs), Fraction(0)), sum((v * v * n for v, n in pairs), Fraction(0))

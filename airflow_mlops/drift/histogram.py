@@ -161,17 +161,21 @@ class Bins:
     def __init__(self) -> None:
         self._histogram = Histogram()
         self._counts = np.zeros(0, np.int64)
-        self._shift = self._floor = 0
+        self._shift = self._floor = self._zeros = 0
 
     def add(self, bits: np.ndarray, lowest: float, highest: float) -> None:
         """Count values by the ``bits`` (int64) of their floats, zeros positive, between ``lowest`` and ``highest``."""
+        if lowest <= 0 <= highest and (zeros := len(bits) - int(np.count_nonzero(bits))):
+            # Often many, and far below all others.
+            self._zeros += zeros
+            bits = bits[bits != 0]
         if not len(self._histogram.keys):
             # The first values settle most of the shift: what follows is not counted at full resolution.
             self._one_by_one(bits[:_FIRST])
             bits = bits[_FIRST:]
         if self._histogram.shift:
             self._in_array(bits, lowest < 0, max(-lowest, highest))
-        elif len(bits):
+        else:
             self._one_by_one(bits)
 
     def add_counts(self, values: np.ndarray, counts: np.ndarray) -> None:
@@ -187,9 +191,14 @@ class Bins:
             keys = np.where(used < size, magnitudes, ~magnitudes)
             self._histogram.absorb(keys, self._counts[used], self._shift)
         self._counts = np.zeros(0, np.int64)
+        if self._zeros:
+            self._histogram.absorb(np.zeros(1, np.int64), np.array([self._zeros]), 0)
+            self._zeros = 0
         return self._histogram
 
     def _one_by_one(self, bits: np.ndarray) -> None:
+        if not len(bits):
+            return
         keys = bits ^ ((bits >> 63) & _FLIP)
         self._histogram.absorb(*_count(keys, self._histogram.shift), self._histogram.shift)
 

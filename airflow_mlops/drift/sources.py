@@ -202,7 +202,7 @@ def list_uris(source: Any) -> list[str]:
         fs, path = fsspec.core.url_to_fs(storage.local_path(uri) if storage.is_local(uri) else uri)
         fs.invalidate_cache()
         if any(mark in path for mark in "*?["):
-            paths = [name for name in fs.glob(path) if not fs.isdir(name)]
+            paths = [name for name, entry in fs.glob(path, detail=True).items() if entry["type"] != "directory"]
         elif fs.isdir(path):
             paths = _data_files(fs.find(path), path)
         else:
