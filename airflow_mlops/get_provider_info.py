@@ -188,6 +188,23 @@ def get_provider_info() -> dict[str, Any]:
                         "example": "https://grafana.example.com/d/ray?var-SessionName={submission_id}",
                         "default": "",
                     },
+                    "prometheus_textfile_dir": {
+                        "description": "Folder on the workers that a node exporter's textfile collector reads: every "
+                        "DriftSensor leaves the metrics of its last check there; none if empty.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "/var/lib/node_exporter/textfile",
+                        "default": "",
+                    },
+                    "pushgateway_url": {
+                        "description": "Prometheus push gateway that gets the metrics of every DriftSensor's last "
+                        "check; none if empty. May hold user and password.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "http://pushgateway:9091",
+                        "default": "",
+                        "sensitive": True,
+                    },
                 },
             }
         },

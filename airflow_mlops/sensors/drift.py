@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseSensorOperator, PokeReturnValue
@@ -12,29 +13,44 @@ from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException
 
 from airflow_mlops import storage
-from airflow_mlops.exceptions import DataError, InvalidInputError, RegistryError
-from airflow_mlops.links import ReportLink
-from airflow_mlops.shell import (
-    as_mapping,
-    as_names,
-    is_blank,
-    log_table,
-    permanent_errors_fail,
-    push_result,
-    require,
+from airflow_mlops.exceptions import InvalidInputError, RegistryError
+from airflow_mlops.links import MlflowRunLink, ReportLink
+from airflow_mlops.sensors._drift import (
+    Found,
+    compare_window,
+    drift_table,
+    harm_table,
+    judge_by_evidently,
+    policy_of,
+    read_json,
+    read_predictions,
 )
+from airflow_mlops.sensors._drift_report import short, small, to_mlflow, to_prometheus, write_page
+from airflow_mlops.sensors._drift_state import decide
+from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail, push_result, require
 from airflow_mlops.triggers.drift import REPORT_SUFFIX, DataReadyTrigger, data_ready
 from airflow_mlops.windows import Window, resolve_window
 
 if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
 
     from airflow_mlops.drift import DriftPolicy, DriftReport, HarmPolicy, HarmReport, Profile
+    from airflow_mlops.drift.hysteresis import Decision, Hysteresis
     from airflow_mlops.hooks.mlflow import MlflowHook
 
-_SHOWN = 15
-# Evidently draws two charts a column: a hundred columns are 10 MB of page and as many seconds.
-_PAGE_COLUMNS = 20
+
+@dataclass
+class _Seen:
+    """One check, for OpenLineage."""
+
+    reference_uri: str | None
+    profile: Profile | None
+    report: DriftReport | None
+    result: dict[str, Any]
+
+
+ENGINES = ("profile", "evidently")
 
 
 class DriftSensor(BaseSensorOperator):
@@ -59,9 +75,17 @@ class DriftSensor(BaseSensorOperator):
     type makes the verdict ``drift`` and asks for no retraining by itself: the data need repair first.
 
     The report is written to ``report_dir`` as JSON, where :class:`airflow_mlops.triggers.drift.DriftEventTrigger`
-    finds it, with Evidently's page on a sample beside it. The result is pushed before a skip too.
+    finds it, with Evidently's page on a sample beside it; both go to an MLflow run too. The result is pushed before a
+    skip too.
 
-    :param current_uri: Parquet file, directory or glob with the window's data (templated)
+    With ``hysteresis``, evidence that asks for retraining is held back by arm and disarm levels, breaches in a row, a
+    cool-down and a budget; reasons and ``hysteresis`` of the result say so, and until when. Its state goes by the end
+    of the window: a retry, or the same window in a backfill, counts once, and a window older than the newest judged
+    changes nothing. It is in the asset state store where the task has exactly one asset among its inlets and outlets,
+    which all sensors on the model should share, else in a file. Airflow's store cannot compare and set: let one run of
+    the Dag be active at a time (``max_active_runs=1``). A first champion is never held back.
+
+    :param current_uri: Parquet or CSV file, directory or glob with the window's data (templated)
     :param model_name: registered model (templated)
     :param alias: alias of the champion (templated)
     :param model_version: the champion at the start of the run, in place of the alias's; the empty string for none,
@@ -81,6 +105,24 @@ class DriftSensor(BaseSensorOperator):
     :param report_dir: folder or URI for reports (templated)
     :param window_start: start of the window, for the report; the run's data interval when not given (templated)
     :param window_end: end of the window (templated)
+    :param hysteresis: fields of :class:`~airflow_mlops.drift.hysteresis.Hysteresis`, for example
+        ``{"cooldown": "7d", "budget_per_window": 2, "window": "30d"}``; the score is 1 where the policy's tolerance is,
+        2 at twice of it (templated)
+    :param state_dir: folder or URI of the hysteresis' file where no asset keeps it; the same for every window;
+        ``report_dir`` when not given (templated)
+    :param engine: ``profile``, or ``evidently`` for the verdict of Evidently's own preset and tests, on all rows in
+        memory (templated)
+    :param engine_options: with ``evidently`` arguments of its ``DataDriftPreset``, such as ``drift_share`` (templated)
+    :param reference_uri: data that the champion was trained on, for ``engine="evidently"``; those named by the tag
+        ``mlops.dataset_uri`` when not given (templated)
+    :param season_uri: JSON of a profile of the same season in another year: columns that are as in it are shown as
+        ``calendar`` and do not count (templated)
+    :param experiment: MLflow experiment for a run with each window's verdict, numbers and pages; empty for none
+        (templated)
+    :param prometheus_textfile_dir: folder of a node exporter's textfile collector, for metrics of the check; that of
+        ``[mlops] prometheus_textfile_dir`` when not given (templated)
+    :param pushgateway_url: of a Prometheus push gateway, for the same; ``[mlops] pushgateway_url`` when not given
+        (templated)
     :param evidently: write Evidently's page too, on the 20 columns that differ most
     :param deferrable: wait in the triggerer; the comparison always runs on the worker
     """
@@ -103,9 +145,18 @@ class DriftSensor(BaseSensorOperator):
         "report_dir",
         "window_start",
         "window_end",
+        "hysteresis",
+        "state_dir",
+        "engine",
+        "engine_options",
+        "reference_uri",
+        "season_uri",
+        "experiment",
+        "prometheus_textfile_dir",
+        "pushgateway_url",
     )
-    template_fields_renderers = {"policy": "json", "harm_policy": "json"}
-    operator_extra_links = (ReportLink(),)
+    template_fields_renderers = dict.fromkeys(("policy", "harm_policy", "hysteresis", "engine_options"), "json")
+    operator_extra_links = (ReportLink(), MlflowRunLink())
     ui_color = "#e8f0fa"
 
     def __init__(
@@ -129,6 +180,15 @@ class DriftSensor(BaseSensorOperator):
         retrain_on: Sequence[str] = ("harm",),
         window_start: str | None = None,
         window_end: str | None = None,
+        hysteresis: Hysteresis | Mapping[str, Any] | None = None,
+        state_dir: str | None = None,
+        engine: str = "profile",
+        engine_options: Mapping[str, Any] | None = None,
+        reference_uri: str | None = None,
+        season_uri: str | None = None,
+        experiment: str | None = "drift",
+        prometheus_textfile_dir: str | None = None,
+        pushgateway_url: str | None = None,
         evidently: bool = True,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         **kwargs: Any,
@@ -152,8 +212,18 @@ class DriftSensor(BaseSensorOperator):
         self.retrain_on = retrain_on
         self.window_start = window_start
         self.window_end = window_end
+        self.hysteresis = hysteresis
+        self.state_dir = state_dir
+        self.engine = engine
+        self.engine_options = engine_options
+        self.reference_uri = reference_uri
+        self.season_uri = season_uri
+        self.experiment = experiment
+        self.prometheus_textfile_dir = prometheus_textfile_dir
+        self.pushgateway_url = pushgateway_url
         self.evidently = evidently
         self.deferrable = deferrable
+        self._seen: _Seen | None = None
 
     def execute(self, context: Context) -> Any:
         """The result, once the data are there and, with ``on_stable="wait"``, ask for retraining."""
@@ -206,7 +276,7 @@ class DriftSensor(BaseSensorOperator):
             result = self.check(context)
             if self.on_stable == "skip" and not result["retrain"]:
                 push_result(self, context, result)
-                raise AirflowSkipException(f"{self.model_name} {result['verdict']}: no retraining ({_short(result)})")
+                raise AirflowSkipException(f"{self.model_name} {result['verdict']}: no retraining ({short(result)})")
             return result
 
     @property
@@ -219,6 +289,11 @@ class DriftSensor(BaseSensorOperator):
             raise InvalidInputError(f"on_stable is {self.on_stable!r}; expected wait, skip or proceed")
         if not self._retrain_on or set(self._retrain_on) - {"harm", "drift"}:
             raise InvalidInputError(f"retrain_on is {self.retrain_on!r}; expected a list of harm, drift or both")
+        if self.engine not in ENGINES:
+            raise InvalidInputError(f"engine is {self.engine!r}; expected {' or '.join(ENGINES)}")
+        if self.engine == "profile" and as_mapping(self.engine_options, "engine_options"):
+            raise InvalidInputError("engine_options are for engine='evidently'; leave them out, or set the engine")
+        self._limits()
 
     # --- the check ----------------------------------------------------------------------------------------------
 
@@ -230,16 +305,26 @@ class DriftSensor(BaseSensorOperator):
         hook = MlflowHook(self.mlflow_conn_id, tracking_uri=None if is_blank(self.tracking_uri) else self.tracking_uri)
         champion = self._champion(hook)
         model = {"name": self.model_name, "version": str(champion.version) if champion else None, "alias": self.alias}
+        report = {"model": model, "window": window.to_json() if window else None, "retrain_on": self._retrain_on}
         report_uri = storage.join(self.report_dir, self._report_name(context, window) + REPORT_SUFFIX)
         if champion is None:
             reasons = [f"{self.model_name} has no champion yet: train the first one"]
-            return self._publish(report_uri, model, window, "no_champion", True, reasons)
-        reference = self._reference_profile(hook, champion)
-        current, drift = self._drift(reference)
+            return self._publish(hook, report_uri, report, "no_champion", True, reasons)
+        reference, found = self._drift(hook, champion, self._reference_profile(hook, champion), window)
         harm = self._harm(hook, champion)
-        verdict, retrain, reasons = self._decide(drift, harm)
-        html_uri = self._page(report_uri, reference, current, drift) if self.evidently else None
-        return self._publish(report_uri, model, window, verdict, retrain, reasons, drift, harm, html_uri)
+        verdict, wanted, reasons = self._decide(found, harm)
+        held = self._hold(context, window, model["version"], found, harm, wanted)
+        if held is not None and wanted and not held.retrain:
+            until = f", until {held.until}" if held.until else ""
+            why = held.reason or f"the evidence, {held.score:.3g} times what is tolerated, is below the level to arm"
+            reasons = [f"retraining held back{until}: {why}", *reasons]
+        html_uri = report_uri.removesuffix(REPORT_SUFFIX) + ".html" if self.evidently else None
+        if html_uri is not None:
+            html_uri = write_page(self.log, html_uri, reference, found, self.current_uri)
+        retrain = wanted and (held is None or held.retrain)
+        result = self._publish(hook, report_uri, report, verdict, retrain, reasons, found, harm, held, html_uri)
+        self._seen = _Seen(self._reference_uri(champion), found.profile, found.report, result)
+        return result
 
     def _champion(self, hook: MlflowHook) -> Any | None:
         """The version to compare with; None when there is none, which a lost value must not look like."""
@@ -276,39 +361,45 @@ class DriftSensor(BaseSensorOperator):
         if not uri:
             raise RegistryError(f"{name} has no {what} (tag {tag}); {fix}")
         try:
-            return _read_json(hook, uri)
+            return read_json(hook, uri)
         except FileNotFoundError:
             raise RegistryError(f"the {what} of {name} is not at {uri} any more; restore it, or {fix}") from None
         except ValueError as error:
             raise RegistryError(f"the {what} of {name} at {uri} is no JSON ({error}); {fix}") from error
 
-    def _drift(self, reference: Profile) -> tuple[Profile, DriftReport]:
-        from airflow_mlops.drift import DriftPolicy, Profile, compare
-        from airflow_mlops.drift.profile import column_names
+    def _reference_uri(self, champion: Any) -> str | None:
+        return (champion.tags or {}).get("mlops.dataset_uri") if is_blank(self.reference_uri) else self.reference_uri
 
-        present = column_names(self.current_uri)
-        wanted = as_names(self.columns, "columns") or list(reference.columns)
-        unknown = [name for name in wanted if name not in reference.columns and name not in present]
-        if unknown:
-            raise DataError(f"column(s) {', '.join(unknown)} are neither in the champion's profile nor in the data")
-        reference = Profile(
-            reference.rows, {name: column for name, column in reference.columns.items() if name in wanted}
-        )
-        if not set(present) & set(reference.columns):
-            raise DataError(
-                f"{self.current_uri} has none of the columns of the champion's profile: it has {', '.join(present)}, "
-                f"the profile {', '.join(reference.columns)}. Point current_uri at the feature set the model reads."
-            )
-        # Numbers that the training took for names are names here too.
-        names = {n for n, c in reference.columns.items() if c.kind == "categorical" and "string" not in c.type}
-        current = Profile.of(
-            self.current_uri,
-            columns=[name for name in wanted if name in present],
-            categorical=sorted(names | set(as_names(self.categorical, "categorical"))),
-        )
-        report = compare(reference, current, _policy(DriftPolicy, self.policy, "policy"))
-        self.log.info("Drift: %s\n%s", report.verdict, _drift_table(report))
-        return current, report
+    def _drift(
+        self, hook: MlflowHook, champion: Any, reference: Profile, window: Window | None
+    ) -> tuple[Profile, Found]:
+        from airflow_mlops.drift import Profile
+
+        season = None if is_blank(self.season_uri) else Profile.from_json(read_json(hook, str(self.season_uri)))
+        columns, categorical = as_names(self.columns, "columns"), as_names(self.categorical, "categorical")
+        policy = self._drift_policy(window)
+        reference, found = compare_window(reference, self.current_uri, columns, categorical, policy, season)
+        if self.engine == "evidently":
+            reference_uri, options = self._reference_uri(champion), as_mapping(self.engine_options, "engine_options")
+            if reference_uri is None:
+                raise InvalidInputError(
+                    f"engine='evidently' needs the data that {self.model_name} version {champion.version} was trained "
+                    "on, and its tag mlops.dataset_uri does not name them; give reference_uri"
+                )
+            found = judge_by_evidently(reference_uri, self.current_uri, reference, found, options)
+        self.log.info("Drift: %s\n%s", found.report.verdict, drift_table(found.report))
+        return reference, found
+
+    def _drift_policy(self, window: Window | None) -> DriftPolicy:
+        """The policy; data that must be fresh are so as of the end of the window."""
+        from airflow_mlops.drift import DriftPolicy
+
+        if isinstance(self.policy, DriftPolicy):
+            return self.policy
+        fields = as_mapping(self.policy, "policy")
+        if fields.get("max_age") and is_blank(fields.get("as_of")) and window is not None:
+            fields["as_of"] = window.end.isoformat()
+        return DriftPolicy.from_json(fields)
 
     def _harm(self, hook: MlflowHook, champion: Any) -> HarmReport | None:
         """The verdict on the champion's losses, or None when no predictions are given and none are asked for."""
@@ -322,175 +413,107 @@ class DriftSensor(BaseSensorOperator):
                 )
             return None
         stored = self._tagged_json(hook, champion, "mlops.loss_reference_uri", "loss reference")
-        frame = _read_predictions(str(self.predictions_uri), [self.label_column, self.prediction_column])
+        frame = read_predictions(str(self.predictions_uri), [self.label_column, self.prediction_column])
         report = assess_harm(
             LossReference.from_json(stored),
             frame[self.label_column],
             frame[self.prediction_column],
             frame["event_timestamp"].dt.date,
-            _policy(HarmPolicy, self.harm_policy, "harm_policy"),
+            policy_of(HarmPolicy, self.harm_policy, "harm_policy"),
         )
-        self.log.info("Harm: %s (%s)\n%s", report.verdict, "; ".join(report.reasons), _harm_table(report))
+        self.log.info("Harm: %s (%s)\n%s", report.verdict, "; ".join(report.reasons), harm_table(report))
         return report
 
-    def _decide(self, drift: DriftReport, harm: HarmReport | None) -> tuple[str, bool, list[str]]:
+    def _decide(self, found: Found, harm: HarmReport | None) -> tuple[str, bool, list[str]]:
         """The verdict of both together, whether to retrain, and why."""
+        drift = found.report
         harmful, drifted = harm is not None and harm.verdict == "harm", drift.verdict == "drift"
         reasons = [f"harm: {reason}" for reason in (harm.reasons if harm else ())]
         reasons += [f"drift: {reason}" for reason in drift.reasons]
-        relevant = drifted and len(drift.drifted) >= drift.policy.min_columns
-        retrain = ("harm" in self._retrain_on and harmful) or ("drift" in self._retrain_on and relevant)
+        retrain = ("harm" in self._retrain_on and harmful) or (
+            "drift" in self._retrain_on and drifted and found.drifted
+        )
         lacking = drift.verdict == "not_enough_data" or (harm is not None and harm.verdict == "not_enough_data")
         verdict = "harm" if harmful else "drift" if drifted else "not_enough_data" if lacking else "stable"
         return verdict, retrain, reasons
 
-    def _page(self, report_uri: str, reference: Profile, current: Profile, drift: DriftReport) -> str | None:
-        from airflow_mlops.drift import Profile
-        from airflow_mlops.drift.page import write_page
+    def _limits(self) -> Hysteresis | None:
+        from airflow_mlops.drift.hysteresis import Hysteresis
 
-        shown = [column.name for column in drift.columns][:_PAGE_COLUMNS]
+        return None if is_blank(self.hysteresis) else policy_of(Hysteresis, self.hysteresis, "hysteresis")
 
-        def most_different(profile: Profile) -> Profile:
-            return Profile(profile.rows, {name: profile.columns[name] for name in shown if name in profile.columns})
+    def _hold(
+        self,
+        context: Context,
+        window: Window | None,
+        version: str | None,
+        found: Found,
+        harm: HarmReport | None,
+        wanted: bool,
+    ) -> Decision | None:
+        """What the hysteresis makes of the evidence; None without one."""
+        from airflow_mlops.drift.hysteresis import severity
 
-        uri = report_uri.removesuffix(REPORT_SUFFIX) + ".html"
-        try:
-            left_out = write_page(uri, most_different(reference), most_different(current), self.current_uri)
-        except Exception:
-            # A picture that fails must not cost the verdict.
-            self.log.warning("Evidently's page could not be written to %s", uri, exc_info=True)
+        limits = self._limits()
+        if limits is None:
             return None
-        if left_out:
-            self.log.info("not on Evidently's page: %s", ", ".join(left_out))
-        return uri if storage.exists(uri) else None
+        if window is None:
+            raise InvalidInputError("hysteresis goes by windows, and this run has none; give both ends of one")
+        score = severity(found.report, harm, self._retrain_on, wanted, limits.arm, found.share)
+        folder = str(self.report_dir if is_blank(self.state_dir) else self.state_dir)
+        held = decide(context, limits, self.model_name, folder, score, window.end, version)
+        self.log.info("Hysteresis: score %s, %s", held.score, held.reason or "nothing held back")
+        return held
 
     def _publish(
         self,
+        hook: MlflowHook,
         report_uri: str,
-        model: dict[str, Any],
-        window: Window | None,
+        report: dict[str, Any],
         verdict: str,
         retrain: bool,
         reasons: list[str],
-        drift: DriftReport | None = None,
+        found: Found | None = None,
         harm: HarmReport | None = None,
+        held: Decision | None = None,
         html_uri: str | None = None,
     ) -> dict[str, Any]:
         """Write the whole report and return the small one."""
-        head = {
+        drift = found.report if found else None
+        report = {
+            **report,
             "verdict": verdict,
             "retrain": retrain,
-            "model": model,
-            "window": window.to_json() if window else None,
+            "engine": self.engine,
+            "reasons": reasons,
             "html_uri": html_uri,
+            "drift": drift.to_json() if drift else None,
+            "harm": harm.to_json() if harm else None,
+            "hysteresis": held.to_json() if held else None,
         }
-        storage.write_json(
-            report_uri,
-            {
-                **head,
-                "reasons": reasons,
-                "retrain_on": self._retrain_on,
-                "drift": drift.to_json() if drift else None,
-                "harm": harm.to_json() if harm else None,
-            },
-        )
+        storage.write_json(report_uri, report)
         self.log.info(
             "Verdict: %s, %s. %s. Report: %s",
             verdict,
             "retrain" if retrain else "no retraining",
-            "; ".join(reasons[:_SHOWN]),
+            short(report),
             report_uri,
         )
-        by_status = {status: _names(drift, status) for status in ("drift", "calendar", "broken", "not_enough_data")}
-        return {
-            **head,
-            "reasons": reasons[:_SHOWN],
-            "columns": by_status["drift"][:_SHOWN],
-            "calendar_columns": by_status["calendar"][:_SHOWN],
-            "broken_columns": by_status["broken"][:_SHOWN],
-            "compared": len(drift.columns) if drift else 0,
-            "drift": drift.verdict if drift else None,
-            "harm": _small_harm(harm),
-            "report_uri": report_uri,
-        }
+        folder = self._setting("prometheus_textfile_dir")
+        to_prometheus(self.log, report, folder, self._setting("pushgateway_url"))
+        run: dict[str, str | None] = {"mlflow_run_id": None, "mlflow_url": None}
+        if not is_blank(self.experiment) and not self._waits_on(report):
+            run = to_mlflow(self.log, hook, str(self.experiment), report, report_uri)
+        return {**small(report, drift, harm), "report_uri": report_uri, **run}
 
+    def _setting(self, name: str) -> str:
+        """An argument, or what Airflow's configuration has in its place."""
+        given = getattr(self, name)
+        return conf.get("mlops", name, fallback="") if is_blank(given) else str(given)
 
-def _policy(kind: Any, value: Any, name: str) -> Any:
-    return value if isinstance(value, kind) else kind.from_json(as_mapping(value, name))
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:
+        """What was compared, and how good it is; asked by the OpenLineage provider where it is installed."""
+        from airflow_mlops.operators._lineage import lineage_of_check
 
-
-def _read_json(hook: MlflowHook, uri: str) -> Any:
-    if not uri.startswith(("runs:/", "models:/", "mlflow-artifacts:")):
-        return storage.read_json(uri)
-    import mlflow
-
-    with hook.session():
-        try:
-            return mlflow.artifacts.load_dict(uri)
-        except (OSError, mlflow.exceptions.MlflowException) as error:
-            raise FileNotFoundError(uri) from error
-
-
-def _read_predictions(uri: str, columns: list[str]) -> Any:
-    """The predictions as a ``pandas.DataFrame``; ``event_timestamp`` in UTC."""
-    import pandas as pd
-    import pyarrow as pa
-
-    from airflow_mlops.drift.profile import batches, column_names
-
-    wanted = ["event_timestamp", *columns]
-    absent = [name for name in wanted if name not in (present := column_names(uri))]
-    if absent:
-        raise DataError(
-            f"{uri} lacks {', '.join(absent)}; it has {', '.join(present)}. Set label_column and prediction_column."
-        )
-    found = list(batches(uri, wanted))
-    frame = pa.Table.from_batches(found).to_pandas() if found else pd.DataFrame(columns=wanted)
-    frame["event_timestamp"] = pd.to_datetime(frame["event_timestamp"], utc=True)
-    return frame
-
-
-def _names(drift: DriftReport | None, status: str) -> list[str]:
-    return [column.name for column in drift.columns if column.status == status] if drift else []
-
-
-def _small_harm(harm: HarmReport | None) -> dict[str, Any] | None:
-    if harm is None:
-        return None
-    tests = {
-        test.name: {"change": test.change, "p_value": test.p_value, "harmful": test.harmful} for test in harm.tests
-    }
-    return {"verdict": harm.verdict, "rows": harm.rows, "clusters": harm.clusters, "tests": tests}
-
-
-def _short(result: Mapping[str, Any]) -> str:
-    return "; ".join(result["reasons"])[:300]
-
-
-def _drift_table(report: DriftReport) -> str:
-    header = ["column", "status", "distance", "effect", "adjusted p", "reference", "current", "missing", "reason"]
-    rows: list[list[object]] = []
-    for c in report.columns[:40]:
-        numbers = [_number(value) for value in (c.effect, c.adjusted_p, c.reference, c.current)]
-        rows.append([c.name, c.status, c.method or "", *numbers, f"{c.missing[1]:.1%}", c.reason])
-    return log_table(header, rows)
-
-
-def _harm_table(report: HarmReport) -> str:
-    rows: list[list[object]] = [
-        [
-            t.name,
-            _number(t.reference),
-            _number(t.current),
-            _number(t.change),
-            t.tolerance,
-            _number(t.p_value),
-            t.harmful,
-        ]
-        for t in report.tests
-    ]
-    return log_table(["test", "reference", "current", "change", "tolerance", "p", "harmful"], rows)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+        seen = self._seen or _Seen(None, None, None, {})
+        return lineage_of_check(self.current_uri, seen.reference_uri, seen.profile, seen.report, seen.result)

@@ -13,13 +13,14 @@ from airflow.triggers.base import BaseEventTrigger, BaseTrigger, TriggerEvent
 from airflow_mlops import storage
 
 REPORT_SUFFIX = ".drift.json"
+_DATA = (".parquet", ".pq", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _CURSOR = "mlops_drift_reports"
 # The triggerer hands events to the database about once a second; a cursor saved sooner could lose one in a crash.
 _FLUSH_SECONDS = 2.0
 
 
 def data_ready(uri: str) -> bool:
-    """Whether there is Parquet at ``uri``: a file, a directory with at least one, or a glob with a match."""
+    """Whether there are data at ``uri``: a file, a directory with Parquet or CSV, or a glob with a match."""
     import fsspec
 
     fs, path = fsspec.core.url_to_fs(uri)
@@ -27,12 +28,14 @@ def data_ready(uri: str) -> bool:
     if any(mark in path for mark in "*?["):
         return bool(fs.glob(path))
     if fs.isdir(path):
-        return any(name.endswith((".parquet", ".pq")) for name in fs.find(path))
+        files = (name[len(path) :].split("/") for name in fs.find(path) if name.lower().endswith(_DATA))
+        # What jobs hide behind a dot or an underscore is not there yet.
+        return any(not any(part[:1] in "._" for part in parts if part) for parts in files)
     return bool(fs.exists(path))
 
 
 class DataReadyTrigger(BaseTrigger):
-    """Waits until there is Parquet at a place; used by :class:`airflow_mlops.sensors.drift.DriftSensor`.
+    """Waits until there are data at a place; used by :class:`airflow_mlops.sensors.drift.DriftSensor`.
 
     :param uri: file, directory or glob; path or URI
     :param poll_interval: seconds between two looks

@@ -383,3 +383,206 @@ def test_policies_can_be_objects_or_mappings(champion, month, sensor, context):
 def test_every_parameter_a_user_would_template_is_templated_and_init_only_assigns():
     made = DriftSensor(task_id="x", current_uri="", model_name="", report_dir="", on_stable="nonsense", retrain_on=[])
     assert all(hasattr(made, name) for name in DriftSensor.template_fields)
+
+
+# --- hysteresis -------------------------------------------------------------------------------------------------
+
+
+class AssetStore:
+    """What Airflow gives a task with assets: the store of the only one, or a refusal."""
+
+    def __init__(self, assets=1):
+        self.content, self.assets = {}, assets
+
+    def get(self, key, default=None):
+        if self.assets != 1:
+            raise ValueError(f"Task has {self.assets} concrete inlets and outlets")
+        return json.loads(self.content[key]) if key in self.content else default
+
+    def set(self, key, value):
+        self.content[key] = json.dumps(value)
+
+
+def of_month(month, **more):
+    start, end = (dt.datetime(2013, m, 1, tzinfo=dt.timezone.utc) for m in (month, month + 1))
+    return {"ti": TaskInstance(), "run_id": "r", "data_interval_start": start, "data_interval_end": end, **more}
+
+
+LIMITS = {"cooldown": "45d", "budget_per_window": 2, "window": "365d"}
+
+
+@pytest.mark.parametrize("kept", ["asset", "file", "two assets"])
+def test_a_harmed_champion_is_not_retrained_again_and_again(champion, month, sensor, root, kept):
+    more = {} if kept == "file" else {"asset_state_store": AssetStore(1 if kept == "asset" else 2)}
+    month(bias=-1.0)
+    made = {"hysteresis": {**LIMITS, "rearm_after": "1d"}, "on_stable": "proceed"}
+    april = sensor(**made).execute(of_month(4, **more))
+    assert (april["retrain"], april["hysteresis"]["granted"]) == (True, 1) and april["hysteresis"]["score"] > 1
+    may = sensor(**made).execute(of_month(5, **more))
+    assert (may["verdict"], may["retrain"]) == ("harm", False)
+    assert may["hysteresis"]["until"] == "2013-06-15T00:00:00+00:00"
+    assert may["reasons"][0] == (
+        "retraining held back, until 2013-06-15T00:00:00+00:00: cool-down since the training of 2013-05-01"
+    )
+    written = storage.read_json(may["report_uri"])
+    assert written["retrain"] is False and written["hysteresis"] == may["hysteresis"]
+    # Again, as a retry or in a backfill out of order: the same answers, and nothing is counted twice.
+    for of, before in ((5, may), (4, april)):
+        again = sensor(**made).execute(of_month(of, **more))
+        assert (again["retrain"], again["hysteresis"]) == (before["retrain"], before["hysteresis"])
+    assert sensor(**made).execute(of_month(6, **more))["retrain"] is True
+    spent = sensor(**made).execute(of_month(9, **more))
+    assert "the budget is 2" in spent["reasons"][0] and spent["retrain"] is False
+    late = sensor(**made).execute(of_month(3, **more))
+    assert "has been judged before this one" in late["reasons"][0] and late["retrain"] is False
+    on_disk = (root / "reports" / "flights_delay.hysteresis.json").exists()
+    assert on_disk == (kept != "asset") and (kept != "asset" or more["asset_state_store"].content)
+
+
+def test_a_skip_says_that_retraining_is_held_back(champion, month, sensor, root):
+    month(bias=-1.0)
+    made = {"hysteresis": {"consecutive_breaches": 2}, "state_dir": f"{root}/state"}
+    with pytest.raises(AirflowSkipException, match=r"harm: no retraining \(retraining held back: 1 breach"):
+        sensor(**made).execute(of_month(4))
+    assert sensor(**made).execute(of_month(5))["retrain"] is True
+    assert (root / "state" / "flights_delay.hysteresis.json").exists()
+
+
+def test_quiet_windows_are_not_held_back_and_a_first_champion_never_is(champion, month, sensor, client):
+    month()
+    quiet = sensor(hysteresis=LIMITS, on_stable="proceed").execute(of_month(4))
+    assert quiet["hysteresis"]["reason"] == "" and not any("held back" in reason for reason in quiet["reasons"])
+    first = sensor(hysteresis={"budget_per_window": 0}, model_version="").execute(of_month(4))
+    assert (first["retrain"], first["hysteresis"]) == (True, None)
+
+
+def test_evidence_below_the_level_to_arm_is_held_back(champion, month, sensor):
+    month(shift=0.3, bias=0.0)
+    made = {"retrain_on": ["drift"], "predictions_uri": None, "on_stable": "proceed"}
+    result = sensor(**made, hysteresis={"arm": 50, "disarm": 1}).execute(of_month(4))
+    assert result["verdict"] == "drift" and result["retrain"] is False
+    assert "below the level to arm" in result["reasons"][0]
+
+
+def test_hysteresis_without_a_window_is_refused(champion, month, sensor):
+    month(bias=-1.0)
+    with pytest.raises(AirflowFailException, match="give both ends"):
+        sensor(hysteresis=LIMITS).execute({"ti": TaskInstance(), "run_id": "manual"})
+
+
+def test_runs_at_once_on_one_file_count_one_after_the_other(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from airflow_mlops.sensors._drift_state import change_file
+
+    uri = str(tmp_path / "state.json")
+
+    def count(_):
+        return change_file(uri, lambda state: (None, {"n": (state or {"n": 0})["n"] + 1}))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(count, range(40)))
+    assert storage.read_json(uri) == {"n": 40}
+
+
+# --- engines, MLflow, Prometheus ----------------------------------------------------------------------------------
+
+
+def test_evidentlys_own_tests_can_be_the_verdict(champion, month, sensor, context, client, root, rng):
+    features(rng, 9_000).to_parquet(root / "training.parquet", index=False)
+    month(shift=2.0)
+    made = {"engine": "evidently", "retrain_on": ["drift"], "predictions_uri": None, "on_stable": "proceed"}
+    with pytest.raises(AirflowFailException, match=r"mlops.dataset_uri does not name them; give reference_uri"):
+        sensor(**made).execute(context)
+    client.set_model_version_tag(MODEL, "1", "mlops.dataset_uri", f"{root}/training.parquet")
+    result = sensor(**made).execute(context)
+    assert (result["verdict"], result["retrain"], result["engine"]) == ("drift", True, "evidently")
+    assert sorted(result["columns"]) == ["delay", "temp"], "half of the columns: Evidently's own limit"
+    drift = DriftReport.from_json(storage.read_json(result["report_uri"])["drift"])
+    assert drift.columns[0].method == "Wasserstein distance (normed)"
+    options = {"engine_options": {"drift_share": "0.7"}, "reference_uri": f"{root}/training.parquet"}
+    result = sensor(**made, **options).execute(context)
+    assert (result["verdict"], result["retrain"]) == ("stable", False)
+    ours = sensor(**{**made, "engine": "profile"}).execute(context)
+    assert set(ours) == set(result), "the same shape, whoever judges"
+
+
+def test_a_check_is_on_record_in_mlflow_with_its_page(champion, month, sensor, context, client):
+    month(bias=-1.0, shift=1.0)
+    result = sensor(evidently=True).execute(context)
+    run = client.get_run(result["mlflow_run_id"])
+    assert client.get_experiment(run.info.experiment_id).name == "drift"
+    assert (run.data.tags["mlops.verdict"], run.data.tags["mlops.version"]) == ("harm", "1")
+    assert (run.data.metrics["columns_drift"], run.data.metrics["retrain"]) == (2, 1)
+    assert run.data.metrics["log_loss_current"] > run.data.metrics["log_loss_reference"]
+    assert sorted(file.path for file in client.list_artifacts(run.info.run_id)) == ["evidently.html", "verdict.json"]
+    import mlflow
+
+    page = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/evidently.html")
+    assert page == storage.read_bytes(result["html_uri"]).decode()
+    again = sensor(evidently=True).execute(context)
+    assert again == result, "the same check is the same run"
+    assert len(client.get_metric_history(run.info.run_id, "columns_drift")) == 1
+    assert sensor(experiment="").execute(context)["mlflow_run_id"] is None
+
+
+def test_a_run_on_a_server_is_linked_without_its_password():
+    from types import SimpleNamespace
+
+    from airflow_mlops.sensors._drift_report import run_url
+
+    hook = SimpleNamespace(tracking_uri="https://me:secret@mlflow.example.com/base/", experiment_id=lambda name: "7")
+    assert run_url(hook, "drift", "abc") == "https://mlflow.example.com/base/#/experiments/7/runs/abc"
+    hook.tracking_uri = "sqlite:///x.db"
+    assert run_url(hook, "drift", "abc") is None
+
+
+def test_what_is_only_a_copy_costs_no_verdict(champion, month, sensor, context, root, client):
+    month(bias=-1.0)
+    client.delete_experiment(client.create_experiment("gone"))
+    (root / "file").write_text("")
+    broken = {"experiment": "gone", "prometheus_textfile_dir": f"{root}/file", "pushgateway_url": "http://127.0.0.1:9"}
+    result = sensor(**broken).execute(context)
+    assert (result["verdict"], result["mlflow_run_id"], result["mlflow_url"]) == ("harm", None, None)
+
+
+def test_metrics_go_where_the_task_or_the_configuration_says(champion, month, sensor, context, root, monkeypatch):
+    month(bias=-1.0)
+    sensor(prometheus_textfile_dir=f"{root}/a").execute(context)
+    assert (
+        'mlops_drift_verdict{model="flights_delay",verdict="harm"} 1.0'
+        in (root / "a" / "mlops_drift_flights_delay.prom").read_text()
+    )
+    monkeypatch.setenv("AIRFLOW__MLOPS__PROMETHEUS_TEXTFILE_DIR", f"{root}/b")
+    sensor().execute(context)
+    assert (root / "b" / "mlops_drift_flights_delay.prom").exists()
+
+
+def test_the_same_season_of_another_year_is_no_drift(champion, month, sensor, context, root, rng):
+    month(shift=2.0)
+    columns = ["temp", "delay", "carrier", "hour"]
+    season = Profile.of(features(rng, 9_000, shift=2.0), columns=columns, categorical=["hour"])
+    storage.write_json(f"{root}/season.json", season.to_json())
+    made = {"retrain_on": ["drift"], "predictions_uri": None, "on_stable": "proceed"}
+    assert sensor(**made).execute(context)["columns"] == ["temp", "delay"]
+    result = sensor(**made, season_uri=f"{root}/season.json").execute(context)
+    assert (result["verdict"], sorted(result["calendar_columns"])) == ("stable", ["delay", "temp"])
+
+
+def test_csv_is_taken_as_parquet_is(champion, month, sensor, context, root):
+    month(shift=2.0)
+    pd.read_parquet(root / "month.parquet").to_csv(root / "month.csv", index=False)
+    made = {"retrain_on": ["drift"], "predictions_uri": None}
+    as_csv = sensor(**made, current_uri=f"{root}/month.csv").execute(context)
+    assert as_csv["columns"] == sensor(**made).execute(context)["columns"] == ["temp", "delay"]
+
+
+def test_data_are_fresh_as_of_the_end_of_the_window(champion, month, sensor, context, root, client, rng):
+    profile = Profile.of(features(rng, 9_000), columns=["temp", "event_timestamp"])
+    storage.write_json(f"{root}/profile.json", profile.to_json())
+    month()
+    made = {"retrain_on": ["drift"], "predictions_uri": None, "on_stable": "proceed"}
+    fresh = sensor(**made, policy={"max_age": {"event_timestamp": 2 * 86400}}).execute(context)
+    assert (fresh["verdict"], fresh["broken_columns"]) == ("stable", [])
+    stale = sensor(**made, policy={"max_age": {"event_timestamp": 60}}).execute(context)
+    assert (stale["verdict"], stale["broken_columns"]) == ("drift", ["event_timestamp"])

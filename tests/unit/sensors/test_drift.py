@@ -35,6 +35,10 @@ def test_templates_render_at_every_depth():
         ({"retrain_on": "harm"}, "retrain_on is 'harm'; expected a list"),
         ({"retrain_on": "[]"}, "expected a list of harm, drift or both"),
         ({"retrain_on": ["harm", "loss"]}, "expected a list of harm, drift or both"),
+        ({"engine": "spark"}, "engine is 'spark'; expected profile or evidently"),
+        ({"engine_options": {"drift_share": 0.2}}, "engine_options are for engine='evidently'"),
+        ({"hysteresis": {"cool": 1}}, "unknown field"),
+        ({"hysteresis": "{'cooldown': 'soon'}"}, "cooldown is 'soon'"),
     ],
 )
 def test_bad_input_fails_before_any_waiting(changes, message, deferrable):

@@ -248,6 +248,13 @@ def test_data_are_ready_as_file_folder_and_glob(tmp_path):
     assert not data_ready(str(tmp_path)) and not data_ready(f"{tmp_path}/*.parquet")
     (tmp_path / "note.txt").write_text("x")
     assert not data_ready(str(tmp_path))
+    (tmp_path / "_temporary").mkdir()
+    (tmp_path / "_temporary" / "part.parquet").write_bytes(b"x")
+    (tmp_path / ".a.parquet").write_bytes(b"x")
+    assert not data_ready(str(tmp_path))
     (tmp_path / "a.parquet").write_bytes(b"x")
+    (tmp_path / "days").mkdir()
+    (tmp_path / "days" / "a.CSV").write_bytes(b"x")
+    assert data_ready(f"{tmp_path}/days")
     for uri in (str(tmp_path), f"{tmp_path}/*.parquet", f"{tmp_path}/a.parquet", f"file://{tmp_path}"):
         assert data_ready(uri)
