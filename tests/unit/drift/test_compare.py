@@ -12,6 +12,7 @@ from scipy.spatial.distance import jensenshannon
 
 from airflow_mlops.drift import DriftPolicy, DriftReport, Profile, compare
 from airflow_mlops.drift.compare import adjust
+from airflow_mlops.drift.distances import between
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
 
@@ -241,6 +242,24 @@ def test_extreme_values_give_finite_answers():
         {"min_rows": 1},
         {"min_columns": 0},
         {"tolerance": 1},
+        {"control": "bonferroni"},
+        {"prediction_min_effect": -1},
+        {"prediction_fdr": 2},
+        {"min_weight": 1.5},
+        {"max_outside": -0.1},
+        {"weights": {"x": -1}},
+        {"weights": {"x": float("inf")}},
+        {"weights": {"x": "much"}},
+        {"weights": ["x"]},
+        {"method": {"x": "t-test"}},
+        {"ranges": {"x": [1, 0]}},
+        {"ranges": {"x": [1]}},
+        {"ranges": {"x": 1}},
+        {"ranges": {"x": ["a", "b"]}},
+        {"max_age": {"t": 60}},
+        {"max_age": {"t": -60}, "as_of": "2013-01-01"},
+        {"as_of": "tomorrow"},
+        {"calendar_columns": ["x"], "prediction_columns": ["x"]},
     ],
 )
 def test_a_policy_out_of_range_is_refused(value):
@@ -249,13 +268,27 @@ def test_a_policy_out_of_range_is_refused(value):
 
 
 def test_a_policy_survives_json():
-    policy = DriftPolicy(min_effect=0.2, calendar_columns=("a", "b"))
+    policy = DriftPolicy(
+        min_effect=0.2,
+        calendar_columns=("a", "b"),
+        control="e-bh",
+        weights={"x": 2.0, "y": 0},
+        method={"x": "psi"},
+        prediction_columns=("p",),
+        ranges={"x": (0.0, None)},
+        max_age={"t": 3600},
+        as_of="2013-01-01T00:00:00+01:00",
+    )
+    assert DriftPolicy.from_json({}) == DriftPolicy()
     assert DriftPolicy.from_json(json.loads(json.dumps(policy.to_json()))) == policy
 
 
 def test_numbers_of_a_policy_may_be_text_as_templates_render_them():
     given = DriftPolicy.from_json({"fdr": "0.05", "min_rows": "600", "calendar_columns": ["1"]})
     assert given == DriftPolicy(fdr=0.05, min_rows=600, calendar_columns=("1",))
+    given = DriftPolicy.from_json({"weights": {"x": "0.5"}, "as_of": "20130101", "max_age": {"t": "60"}})
+    assert (given.weights, given.max_age, given.as_of) == ({"x": 0.5}, {"t": 60}, "20130101")
+    assert given.deadline is not None and given.deadline.isoformat() == "2013-01-01T00:00:00+00:00"
     with pytest.raises(InvalidInputError, match="calendar_columns is the text"):
         DriftPolicy.from_json({"calendar_columns": "hour"})
 
@@ -289,3 +322,247 @@ def test_a_category_too_rare_to_approximate_is_judged_exactly(rng, shares):
     assert np.mean(p <= 0.01) <= 0.01 + 3 * np.sqrt(0.01 * 0.99 / 200)
     common = rng.choice(names[:-1], 540, p=np.array(shares[:-1]) / sum(shares[:-1]))
     assert p_value(np.r_[common, np.full(60, "rare")]) < 1e-10
+
+
+def test_requested_methods_are_those_of_scipy_and_of_their_definitions(rng):
+    reference, current = rng.lognormal(0, 1, 30_000), rng.lognormal(0.5, 1, 20_000)
+    frames = [pd.DataFrame({name: side for name in ("w", "ks", "psi", "js")}) for side in (reference, current)]
+    report = judge(*frames, method={"w": "wasserstein", "ks": "ks", "psi": "psi", "js": "js"})
+    assert report.drifted == [c.name for c in sorted(report.columns, key=lambda c: -c.effect)]
+    exact = stats.ks_2samp(reference, current)
+    assert column(report, "ks").distance == pytest.approx(exact.statistic, rel=0.01)
+    assert column(report, "ks").method == "ks"
+    edges = np.quantile(reference, np.arange(1, 20) / 20)
+    p, q = (np.bincount(np.searchsorted(edges, side), minlength=20) / len(side) for side in (reference, current))
+    psi = float(np.sum((q - p) * np.log(q / p)))
+    assert column(report, "psi").distance == pytest.approx(psi, rel=0.02)
+    assert column(report, "w").psi == column(report, "psi").distance
+    assert column(report, "js").distance == pytest.approx(jensenshannon(p, q), rel=0.02)
+    for name in ("ks", "psi", "js"):
+        assert column(report, name).effect == pytest.approx(column(report, name).distance, rel=0.02)
+
+
+def test_requested_methods_agree_with_evidently(rng):
+    """Its PSI is over bins of equal width; on names, and on numbers cut as ours are, the two must be one figure."""
+    from evidently import DataDefinition, Dataset, Report
+    from evidently.metrics import ValueDrift
+
+    x = rng.normal(size=15_000), rng.normal(0.1, 1, 12_000)
+    cut = np.quantile(x[0], np.arange(1, 20) / 20)
+    sides = [
+        pd.DataFrame(
+            {
+                "x": side,
+                "binned": np.searchsorted(cut, side).astype(str),
+                "c": rng.choice(list("abcd"), len(side), p=shares),
+            }
+        )
+        for side, shares in zip(x, ([0.4, 0.3, 0.2, 0.1], [0.3, 0.3, 0.2, 0.2]))
+    ]
+    definition = DataDefinition(numerical_columns=["x"], categorical_columns=["binned", "c"])
+    asked = [("x", "ks"), ("binned", "psi"), ("binned", "jensenshannon"), ("c", "psi"), ("c", "jensenshannon")]
+    report = Report([ValueDrift(column=name, method=method) for name, method in asked])
+    snapshot = report.run(*(Dataset.from_pandas(side, definition) for side in reversed(sides)))
+    metrics = [metric["value"] for metric in snapshot.dict()["metrics"]]
+    theirs = dict(zip(asked, metrics))
+    reference, current = (Profile.of(side[["x", "c"]]).columns for side in sides)
+    # Of the Kolmogorov-Smirnov test it gives the p-value.
+    ours = between(reference["x"], current["x"], "ks").p_value
+    assert np.log(ours) == pytest.approx(np.log(theirs["x", "ks"]), rel=0.02)
+    for evidently, method in (("psi", "psi"), ("jensenshannon", "js")):
+        found = between(reference["c"], current["c"], method)
+        assert found.raw == pytest.approx(theirs["c", evidently], rel=1e-6)
+        assert found.effect == pytest.approx(theirs["c", evidently], rel=0.02)
+        found = between(reference["x"], current["x"], method)
+        assert found.raw == pytest.approx(theirs["binned", evidently], rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["js", "psi"])
+def test_a_single_outlier_does_not_hide_a_drift(rng, method):
+    reference, current = np.r_[rng.normal(size=5_000), 1e6], rng.normal(0.7, 1, 5_000)
+    report = judge(pd.DataFrame({"x": reference}), pd.DataFrame({"x": current}), method={"x": method})
+    assert report.drifted == ["x"] and column(report, "x").effect > 0.2
+
+
+def test_a_method_that_cannot_be_is_refused(rng):
+    frame = pd.DataFrame({"x": rng.normal(size=600), "c": "a", "t": pd.Timestamp("2013-01-01")})
+    with pytest.raises(InvalidInputError, match="method of c is ks, but the column is categorical; expected js or psi"):
+        judge(frame, frame, method={"c": "ks"})
+    with pytest.raises(InvalidInputError, match="method of t is js, but the column is time"):
+        judge(frame, frame, method={"t": "js"})
+    for field, value in (("method", "js"), ("weights", 1.0), ("ranges", (0, 1)), ("prediction_columns", None)):
+        with pytest.raises(InvalidInputError, match=f"{field} names y, which neither profile has"):
+            judge(frame, frame, **{field: ("y",) if value is None else {"y": value}})
+    for field, value, kind in (("ranges", (0, 1), "categorical; expected numeric"), ("max_age", 1, "expected time")):
+        with pytest.raises(InvalidInputError, match=kind):
+            judge(frame, frame, **{field: {"c": value}}, as_of="2013-01-01")
+
+
+def test_the_least_effect_is_that_of_the_method_unless_one_is_given():
+    policy = DriftPolicy(prediction_columns=("p",), prediction_min_effect=0.3)
+    assert [policy.least_effect("x", method) for method in ("wasserstein", "js", "psi", "ks")] == [0.1, 0.07, 0.1, 0.05]
+    assert policy.least_effect("p", "ks") == 0.3
+    assert DriftPolicy(min_effect=0.2).least_effect("x", "js") == 0.2
+
+
+def test_weights_decide_how_much_evidence_a_column_needs(rng):
+    """Ten columns, one of them not significant enough: with most of the weight it is."""
+    names = [f"x{i}" for i in range(10)]
+    reference = pd.DataFrame(rng.normal(size=(2_000, 10)), columns=names)
+    current = pd.DataFrame(rng.normal(size=(2_000, 10)), columns=names).assign(x0=lambda f: f["x0"] + 0.15)
+    found = column(judge(reference, current, min_effect=0.05), "x0")
+    assert 1e-8 < found.p_value < 1e-3
+    fdr = 5 * found.p_value
+    plain = judge(reference, current, min_effect=0.05, fdr=fdr)
+    assert plain.drifted == [] and {c.weight for c in plain.columns} == {1.0}
+    heavy = judge(reference, current, min_effect=0.05, fdr=fdr, weights={"x0": 60.0, **dict.fromkeys(names[1:], 1.0)})
+    assert heavy.drifted == ["x0"]
+    assert column(heavy, "x0").weight == pytest.approx(600 / 69)
+    assert np.mean([c.weight for c in heavy.columns]) == pytest.approx(1)
+    loud = current.assign(x0=current["x0"] + 1)
+    assert judge(reference, loud, min_weight=0.2).verdict == "stable"
+    assert (
+        judge(reference, loud, min_weight=0.2, weights={"x0": 3.0, **dict.fromkeys(names[1:], 1.0)}).verdict == "drift"
+    )
+
+
+def test_columns_of_no_weight_are_shown_and_never_count(rng):
+    frame = pd.DataFrame({"x": rng.normal(size=2_000), "id": rng.normal(size=2_000), "gone": 1.0})
+    moved = frame.assign(id=frame["id"] + 5).drop(columns="gone")
+    report = judge(frame, moved, weights={"id": 0, "gone": 0})
+    assert report.verdict == "stable" and report.drifted == []
+    assert report.kinds == {"data": "stable", "quality": "stable"}
+    assert (column(report, "id").status, column(report, "id").weight) == ("uncounted", 0)
+    assert column(report, "id").effect > 4 and column(report, "gone").status == "broken" and "gone" in report.breaks
+    assert any("of weight 0, not counted: gone, id" in reason for reason in report.reasons)
+    assert column(report, "x").weight == 1.0
+    assert judge(frame, moved).verdict == "drift"
+    assert judge(frame, frame, weights=dict.fromkeys(frame, 0)).verdict == "not_enough_data"
+
+
+def test_predictions_are_judged_apart_from_the_data(rng):
+    frame = pd.DataFrame({"x": rng.normal(size=3_000), "p": rng.beta(2, 5, 3_000)})
+    moved = frame.assign(p=frame["p"] + 0.05)
+    report = judge(frame, moved, prediction_columns=("p",))
+    assert report.kinds == {"data": "stable", "prediction": "drift", "quality": "stable"}
+    assert report.verdict == "drift" and column(report, "p").kind == "prediction"
+    report = judge(frame, moved, prediction_columns=("p",), prediction_min_effect=0.5)
+    assert report.verdict == "stable" and report.kinds["prediction"] == "stable"
+    # The data's thresholds are not the predictions'.
+    report = judge(frame, moved.assign(x=frame["x"] + 1), prediction_columns=("p",), min_effect=3.0, min_columns=2)
+    assert report.kinds == {"data": "stable", "prediction": "drift", "quality": "stable"}
+    report = judge(frame, moved.assign(x=frame["x"] + 1), prediction_columns=("p",), prediction_fdr=1e-12)
+    assert report.kinds["data"] == "drift"
+    report = judge(frame[["x"]], frame, prediction_columns=("p",))
+    assert (report.verdict, report.kinds["prediction"]) == ("not_enough_data", "not_enough_data")
+    assert any("predictions not judged, the reference has none: p" in reason for reason in report.reasons)
+
+
+def test_many_predictions_without_drift_do_not_loosen_the_data(rng):
+    """Each kind is a family: what one needs for significance does not depend on how many columns the other has."""
+    frame = pd.DataFrame(rng.normal(size=(1_000, 6)), columns=list("abcdef"))
+    other = pd.DataFrame(rng.normal(size=(1_000, 6)), columns=list("abcdef"))
+    alone = column(judge(frame[["a"]], other[["a"]]), "a")
+    beside = column(judge(frame, other, prediction_columns=tuple("bcdef")), "a")
+    assert beside.adjusted_p == alone.adjusted_p == alone.p_value
+
+
+def test_values_out_of_range_are_a_break(rng):
+    frame = pd.DataFrame({"x": rng.uniform(0, 10, 5_000)})
+    assert judge(frame, frame, ranges={"x": (0, 10)}).verdict == "stable"
+    spoilt = frame.assign(x=frame["x"].mask(frame.index < 100, -40.0))
+    report = judge(frame, spoilt, ranges={"x": (0, None)})
+    assert report.verdict == "drift" and report.kinds["quality"] == "broken"
+    assert report.breaks["x"].startswith("range: -40 to") and "at least 2.00% are outside" in report.breaks["x"]
+    assert judge(frame, spoilt, ranges={"x": (0, None)}, max_outside=0.02).verdict == "stable"
+    assert judge(frame, spoilt, ranges={"x": (None, 10)}).verdict == "stable"
+    high = judge(frame, frame.assign(x=frame["x"].mask(frame.index == 0, 10.5)), ranges={"x": (None, 10)})
+    assert "range" in high.breaks["x"] and "allowed any to 10; at least 0.02%" in high.breaks["x"]
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "America/New_York"])
+def test_stale_times_are_a_break(rng, zone):
+    times = pd.date_range("2013-01-01", "2013-01-31 12:00", 3_000, tz="UTC").tz_convert(zone)
+    frame = pd.DataFrame({"x": rng.normal(size=3_000), "t": times})
+    due = {"max_age": {"t": 86_400}}
+    assert judge(frame, frame, **due, as_of="2013-02-01T00:00:00+00:00").verdict == "stable"
+    assert judge(frame, frame, **due, as_of="2013-02-01T05:00:00+05:00").verdict == "stable"
+    report = judge(frame, frame, **due, as_of="2013-02-02")
+    assert report.verdict == "drift" and column(report, "t").kind == "quality"
+    assert (
+        report.breaks["t"].startswith("stale: the newest is 2013-01-31T12:00:00") and "129600 s" in report.breaks["t"]
+    )
+    report = judge(frame, frame, **due, as_of="2013-01-31")
+    assert report.breaks["t"].startswith("times in the future")
+
+
+def test_missing_values_that_come_and_go_by_chance_are_no_break(rng):
+    """Half of the values missing on both sides, 600 rows, 100 columns: a rise of a tenth is chance."""
+    names = [f"x{i}" for i in range(100)]
+    sides = [pd.DataFrame(np.where(rng.uniform(size=(600, 100)) < 0.5, np.nan, 1.0), columns=names) for _ in range(6)]
+    for reference, current in zip(sides[::2], sides[1::2]):
+        assert max(c.isna().mean() for _, c in current.items()) > 0.54
+        assert judge(reference, current, min_rows=100, max_missing_rise=0.01).breaks == {}
+    emptier = sides[1].mask(rng.uniform(size=sides[1].shape) < 0.5)
+    assert len(judge(sides[0], emptier, min_rows=100).breaks) > 90
+
+
+def test_a_column_that_stops_varying_has_drifted(rng):
+    frame = pd.DataFrame({"x": rng.normal(size=2_000), "c": rng.choice(["a", "b"], 2_000)})
+    assert judge(frame, frame.assign(x=0.0, c="a")).drifted == ["x", "c"]
+    constant = frame.assign(x=0.0, c="a")
+    for method in ({}, {"x": "ks"}, {"x": "js", "c": "psi"}, {"x": "psi"}):
+        assert judge(constant, constant, method=method).verdict == "stable"
+
+
+def test_e_bh_finds_what_is_there_and_nothing_else(rng):
+    reference = pd.DataFrame(rng.normal(size=(3_000, 30)), columns=[f"x{i}" for i in range(30)])
+    current = pd.DataFrame(rng.normal(size=(3_000, 30)), columns=list(reference)).assign(x3=lambda f: f["x3"] + 0.5)
+    report = judge(reference, current, control="e-bh")
+    assert report.drifted == ["x3"]
+    assert judge(reference, reference + 0.0, control="e-bh").verdict == "stable"
+
+
+def test_e_values_are_e_values(rng):
+    """Their mean is 1 at most where nothing has changed, which is all that e-BH asks of them; and they fall with p."""
+    p = np.linspace(0.5, 1e6 - 0.5, 1_000_000) / 1e6
+    e = 1 / np.array([adjust([value], control="e-bh")[0] for value in p[:2_000]])
+    logs = np.log(p[:2_000])
+    np.testing.assert_allclose(e, (1 - p[:2_000] + p[:2_000] * logs) / (p[:2_000] * logs**2), rtol=1e-12)
+    from airflow_mlops.drift.compare import _e_values
+
+    values = _e_values(p)
+    assert values.mean() <= 1 and (np.diff(values) <= 0).all()
+    assert values[-1] == pytest.approx(0.5, abs=1e-3)
+    assert adjust([0.0, 1.0, 0.5], control="e-bh") == [0.0, 1.0, 1.0]
+
+
+def test_weighted_adjustment_is_that_of_the_p_values_over_the_weights(rng):
+    p, weights = rng.uniform(size=20) ** 4, rng.uniform(0.2, 3, 20)
+    weights /= weights.mean()
+    # Whether the k smallest are below k q / (m H), which is how the procedure is stated.
+    scaled = np.sort(p / weights)
+    harmonic = np.sum(1 / np.arange(1, 21))
+    for q in (0.01, 0.05, 0.2):
+        met = np.flatnonzero(scaled <= np.arange(1, 21) * q / (20 * harmonic))
+        expected = set(np.flatnonzero(p / weights <= scaled[met[-1]])) if len(met) else set()
+        assert set(np.flatnonzero(np.array(adjust(p, weights)) <= q)) == expected
+
+
+def test_reports_of_earlier_versions_are_read(rng):
+    frame = pd.DataFrame({"x": rng.normal(size=1_000)})
+    value = judge(frame, frame + 1).to_json()
+    del value["kinds"]
+    for name in set(value["policy"]) - {"min_effect", "fdr", "min_rows", "max_unseen", "calendar_columns"}:
+        del value["policy"][name]
+    for entry in value["columns"]:
+        for name in ("kind", "weight", "season_effect"):
+            del entry[name]
+    report = DriftReport.from_json(value)
+    assert report.drifted == ["x"] and report.columns[0].kind == "data" and report.kinds == {}
+
+
+def test_a_profile_of_a_newer_version_is_refused(rng):
+    value = Profile.of(pd.DataFrame({"x": rng.normal(size=1_000)})).to_json()
+    with pytest.raises(InvalidInputError, match=r"profile has version 99, this airflow-mlops reads up to \d+: upgrade"):
+        Profile.from_json({**value, "profile_version": 99})
