@@ -236,12 +236,14 @@ def _parquet(uri: str, dictionaries: Sequence[str] = ()) -> Any:
     import pyarrow.parquet as pq
 
     if storage.is_local(uri):
-        return pq.ParquetFile(storage.local_path(uri), read_dictionary=list(dictionaries))
+        path = storage.local_path(uri)
+        return pq.ParquetFile(path, read_dictionary=list(dictionaries), page_checksum_verification=True)
     import fsspec
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     fs, path = fsspec.core.url_to_fs(uri)
-    return pq.ParquetFile(PyFileSystem(FSSpecHandler(fs)).open_input_file(path), pre_buffer=True)
+    file = PyFileSystem(FSSpecHandler(fs)).open_input_file(path)
+    return pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import datetime as dt
 import decimal
 import itertools
 import json
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ import pytest
 from airflow_mlops.drift import Profile
 from airflow_mlops.drift.categories import CAPACITY, Categories
 from airflow_mlops.drift.histogram import Histogram, from_keys, to_keys
+from airflow_mlops.drift.sources import open_source
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
 
@@ -76,6 +78,64 @@ def test_moments_are_right_where_naive_sums_cancel(rng):
 def test_huge_values_do_not_overflow():
     column = Profile.of(pd.DataFrame({"x": [1e300, -1e300, 1e308]})).columns["x"]
     assert column.std == pytest.approx(np.std(np.array([1, -1, 1e8]) / 1e8) * 1e308)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([1e308, -1e308, 1e300, 5e-324, 1e-310, 1.0]),
+        np.full(9, 1.7976931348623157e308),
+        np.array([5e-324, 5e-324, -1e-320]),
+        np.ldexp(np.linspace(-1, 1, 999), np.arange(-1060, 938, 2)),
+        np.r_[1e9 + np.linspace(0, 1, 500), np.zeros(3)],
+        np.full(40_000, 0.1),
+        np.arange(-70_000.0, 70_000.0, 13.0),
+    ],
+)
+def test_sums_are_exact(values):
+    column = Profile.of(pa.table({"x": values})).columns["x"]
+    assert column.total == sum((Fraction(value) for value in values.tolist()), Fraction(0))
+    assert column.squares == sum((Fraction(value) ** 2 for value in values.tolist()), Fraction(0))
+
+
+@pytest.mark.parametrize("distinct", [0, 1, 900, 1_500, 30_000, 400_000])
+@pytest.mark.parametrize("kind", ["whole", "float", "time"])
+def test_distinct_values_are_counted(rng, distinct, kind):
+    values = np.tile(np.arange(distinct), 2)
+    values = {
+        "whole": lambda: pa.array(values * 1_000, pa.int64()),
+        "float": lambda: pa.array(values / 7),
+        "time": lambda: pa.array(values * 1_000_000, pa.timestamp("us", "UTC")),
+    }[kind]()
+    profile = Profile.of(pa.table({"x": pa.concat_arrays([values, pa.nulls(3, values.type)])}))
+    exact = kind != "time" and distinct <= 1024
+    assert profile.columns["x"].distinct == (distinct if exact else pytest.approx(distinct, rel=0.1))
+    again = Profile.from_json(json.loads(json.dumps(profile.to_json())))
+    assert again.columns["x"].distinct == profile.columns["x"].distinct
+    assert again.merge(profile).columns["x"].distinct == profile.columns["x"].distinct
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng, size: rng.normal(size=size),
+        lambda rng, size: -rng.lognormal(0, 1, size),
+        lambda rng, size: np.where(rng.random(size) < 0.4, 0.0, rng.lognormal(0, 1, size)),
+        lambda rng, size: rng.uniform(4, 5, size) * rng.choice([-1, 1], size),
+        lambda rng, size: np.r_[np.full(size // 2, 1e-9), 10.0 ** rng.uniform(0, 9, size - size // 2)],
+        lambda rng, size: rng.standard_cauchy(size),
+        lambda rng, size: np.r_[rng.uniform(1, 2, size // 2), rng.uniform(1e3, 1e6, size - size // 2)],
+        lambda rng, size: np.r_[-0.0, 0.0, rng.choice([0.5, 1.5, -2.5], size - 2)],
+    ],
+)
+def test_the_fast_histogram_is_the_plain_one(rng, draw):
+    values = draw(rng, 120_000)
+    plain = Histogram()
+    plain.add(values)
+    fast = Profile.of(pa.table({"x": values})).columns["x"].histogram
+    assert fast.shift == plain.shift
+    np.testing.assert_array_equal(fast.keys, plain.keys)
+    np.testing.assert_array_equal(fast.counts, plain.counts)
 
 
 def test_infinities_are_counted_apart(rng):
@@ -146,21 +206,32 @@ def test_merging_in_any_order_gives_the_same_bits(rng):
     assert len(digests) == 1
 
 
-def test_the_merged_profile_is_that_of_the_whole(rng):
+def test_the_merged_profile_is_that_of_the_whole_to_the_last_bit(rng):
     frames = _parts(rng)
+    frames[2]["few"] = frames[2]["few"].astype("Int64")
     merged = Profile.of(frames[0])
     for frame in frames[1:]:
         merged = merged.merge(Profile.of(frame))
-    whole = Profile.of(pd.concat(frames))
-    assert merged.rows == whole.rows
-    for name, column in whole.columns.items():
-        other = merged.columns[name]
-        np.testing.assert_array_equal(column.histogram.keys, other.histogram.keys)
-        np.testing.assert_array_equal(column.histogram.counts, other.histogram.counts)
-        assert column.categories.to_json() == other.categories.to_json()
-        assert (column.count, column.missing, column.minimum) == (other.count, other.missing, other.minimum)
-        if column.kind == "numeric":
-            assert other.mean == pytest.approx(column.mean, rel=1e-12)
+    whole = pd.concat(frames)
+    for column in merged.columns.values():
+        column.type = ""
+    for frame in (whole, whole.sample(frac=1.0, random_state=7), whole.iloc[::-1]):
+        profile = Profile.of(frame)
+        for column in profile.columns.values():
+            column.type = ""
+        assert profile.digest == merged.digest
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32_769])
+def test_rows_in_batches_of_any_size_and_order_give_the_same_bits(rng, rows):
+    size = 70_000
+    values = np.r_[rng.normal(size=size // 2), rng.integers(-5, 70_000, size // 4), np.zeros(size // 8)]
+    values = np.r_[values, rng.standard_cauchy(size - len(values) - 4), [np.nan, np.inf, 5e-324, -1e300]]
+    table = pa.table({"x": rng.permutation(values), "n": rng.integers(-(2**40), 2**60, size)})
+    first = table if rows > 1_000 else table.slice(0, 2_000)
+    cut = pa.Table.from_batches(first.to_batches(max_chunksize=rows))
+    shuffled = first.take(pa.array(rng.permutation(len(first))))
+    assert Profile.of(first).digest == Profile.of(cut).digest == Profile.of(shuffled).digest
 
 
 def test_merging_leaves_its_inputs_alone(rng):
@@ -194,6 +265,144 @@ def test_a_column_that_only_later_files_have_is_not_lost(tmp_path):
     pq.write_table(pa.table({"a": [1.5, 2.0], "b": ["x", "y"]}), tmp_path / "2.parquet")
     profile = Profile.of(str(tmp_path))
     assert (profile.columns["b"].missing, profile.columns["b"].count, profile.columns["a"].count) == (2, 2, 4)
+
+
+def test_threads_give_the_same_bits(rng, tmp_path, monkeypatch):
+    monkeypatch.setattr("airflow_mlops.drift.sources._UNIT_ROWS", 5_000)
+    (tmp_path / "sets").mkdir()
+    for i, frame in enumerate(_parts(rng)):
+        pd.concat([frame] * 10).to_parquet(tmp_path / "sets" / f"{i}.parquet", row_group_size=1_000 * (i + 1))
+    one = Profile.of(str(tmp_path / "sets"))
+    assert one.rows == 10 * sum(len(frame) for frame in _parts(rng))
+    assert {Profile.of(str(tmp_path / "sets"), threads=threads).digest for threads in (2, 3)} == {one.digest}
+
+
+def test_the_row_groups_of_a_large_file_are_read_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("airflow_mlops.drift.sources._UNIT_ROWS", 500)
+    table = pa.table({"x": np.arange(3_000) / 3, "c": [f"c{i % 9}" for i in range(3_000)]})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=200)
+    assert [(unit.first, unit.last, unit.rows) for unit in open_source(str(tmp_path))[:2]] == [(0, 2, 400), (2, 4, 400)]
+    assert len(open_source(str(tmp_path))) == 8
+    assert Profile.of(str(tmp_path), threads=2).digest == Profile.of(table).digest
+
+
+def test_remote_files_datasets_readers_and_batches_give_the_same_bits(rng, tmp_path):
+    import fsspec
+    import pyarrow.dataset as ds
+
+    table = pa.Table.from_pandas(_parts(rng)[0], preserve_index=False)
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=700)
+    with fsspec.open("memory://sets/2013/x.parquet", "wb") as file:
+        file.write((tmp_path / "x.parquet").read_bytes())
+    sources = [
+        "memory://sets",
+        "memory://sets/*/*.parquet",
+        ds.dataset(tmp_path / "x.parquet"),
+        pa.RecordBatchReader.from_batches(table.schema, table.to_batches(max_chunksize=999)),
+        table.combine_chunks().to_batches()[0],
+    ]
+    assert {Profile.of(source).digest for source in sources} == {Profile.of(table).digest}
+    assert Profile.of("memory://sets", columns=["few", "word"]).rows == len(table)
+
+
+def test_csv_is_profiled_like_parquet(rng, tmp_path):
+    frame = _parts(rng)[0].assign(gap=np.r_[np.nan, np.arange(2_999) / 2], flag=lambda f: f["few"] > 2)
+    frame.to_csv(tmp_path / "x.csv", index=False)
+    frame.to_csv(tmp_path / "y.tsv.gz", index=False, sep="\t")
+    expected = Profile.of(frame)
+    for source in (tmp_path / "x.csv", tmp_path / "y.tsv.gz"):
+        found = Profile.of(str(source))
+        for name, column in expected.columns.items():
+            found.columns[name].type = column.type
+        assert found.digest == expected.digest
+    assert Profile.of(str(tmp_path)).rows == 2 * len(frame)
+    assert list(Profile.of(str(tmp_path / "x.csv"), columns=["gap", "few"]).columns) == ["gap", "few"]
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "kind"),
+    [
+        ("1", "1.5", "numeric"),
+        ("1", "x", "categorical"),
+        ("", "2.5", "numeric"),
+        ("", "x", "categorical"),
+        ("true", "maybe", "categorical"),
+        ("2013-01-01", "2013-01-01 10:00:00", "time"),
+        ("2013-01-01 10:00:00", "2013-01-01 10:00:00.5", "time"),
+    ],
+)
+def test_a_csv_column_has_the_type_of_all_its_rows(tmp_path, monkeypatch, first, later, kind):
+    rows = 700_000  # the first rows fill the block from which the types are guessed
+    (tmp_path / "x.csv").write_text("a,b\n" + f"{first},1234\n" * rows + f"{later},1\n")
+    profile = Profile.of(str(tmp_path / "x.csv"))
+    column = profile.columns["a"]
+    assert (column.kind, column.rows, column.missing) == (kind, rows + 1, 0 if first else rows)
+
+
+def test_times_in_different_zones_are_refused(tmp_path):
+    utc, naive, berlin = (pa.array([0], pa.timestamp("us", zone)) for zone in ("UTC", None, "Europe/Berlin"))
+    for i, (first, second) in enumerate([(utc, naive), (utc, berlin)]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        pq.write_table(pa.table({"when": first}), folder / "1.parquet")
+        pq.write_table(pa.table({"when": second}), folder / "2.parquet")
+        with pytest.raises(DataError, match=r"column when is timestamp.*1\.parquet.*2\.parquet.*Convert it to UTC"):
+            Profile.of(str(folder))
+        with pytest.raises(DataError, match=r"column when is .*Convert it to UTC"):
+            Profile.of(pa.table({"when": first})).merge(Profile.of(pa.table({"when": second})))
+    same = pa.array([0], pa.timestamp("ms", "Etc/UTC"))
+    assert Profile.of(pa.table({"when": utc})).merge(Profile.of(pa.table({"when": same}))).rows == 2
+    there = dt.timezone(dt.timedelta(hours=2))
+    for other in (None, there):
+        mixed = pd.Series([dt.datetime(2013, 1, 1, tzinfo=dt.timezone.utc), dt.datetime(2013, 1, 1, tzinfo=other)])
+        with pytest.raises(DataError, match="column when mixes times of the zones"):
+            Profile.of(pd.DataFrame({"when": mixed.astype(object)}))
+    lines = "2013-01-01T00:00:00Z\n" * 300_000
+    (tmp_path / "x.csv").write_text(f"when\n{lines}2013-01-01T00:00:00\n")
+    with pytest.raises(DataError, match=r"column when of .*x\.csv has times with and without a zone"):
+        Profile.of(str(tmp_path / "x.csv"))
+
+
+def test_durations_and_times_of_day_do_not_depend_on_their_unit():
+    for made in (pa.duration, lambda unit: pa.time32(unit) if unit in ("s", "ms") else pa.time64(unit)):
+        per = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+        tables = [pa.table({"x": pa.array([3 * n, 60 * n], made(unit))}) for unit, n in per.items()]
+        assert len({Profile.of(table).columns["x"].mean for table in tables}) == 1
+
+
+def test_a_column_of_another_type_in_a_later_file_is_refused(tmp_path):
+    pq.write_table(pa.table({"a": [1, 2]}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"a": ["x", "y"]}), tmp_path / "2.parquet")
+    with pytest.raises(DataError, match=r"column a is numeric \(int64\) in .*1\.parquet, and categorical"):
+        Profile.of(str(tmp_path))
+    with pytest.raises(DataError, match=r"column\(s\) a come more than once"):
+        Profile.of(pa.table([[1], [2]], names=["a", "a"]))
+    with pytest.raises(DataError, match=r"column\(s\) a come more than once"):
+        Profile.of(pd.DataFrame([[1, 2]], columns=["a", "a"]))
+
+
+def test_hidden_files_are_left_out_and_two_formats_are_not_guessed(tmp_path):
+    for name in ("a.parquet", ".b.parquet", "_log/c.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"a": [1, 2]}), tmp_path / name)
+    assert Profile.of(str(tmp_path)).rows == 2
+    (tmp_path / "d.csv").write_text("a\n1\n")
+    with pytest.raises(DataError, match="has Parquet and CSV files"):
+        Profile.of(str(tmp_path))
+    assert Profile.of(f"{tmp_path}/*.csv").rows == 1
+
+
+@pytest.mark.parametrize(("start", "stop"), [(4, 300), (20_000, 20_100)], ids=["header", "values"])
+def test_a_page_that_is_damaged_names_its_file(rng, tmp_path, start, stop):
+    for name in ("1", "2"):
+        table = pa.table({"a": rng.normal(size=5_000)})
+        pq.write_table(table, tmp_path / f"{name}.parquet", use_dictionary=False, write_page_checksum=True)
+    content = bytearray((tmp_path / "2.parquet").read_bytes())
+    content[start:stop] = bytes(stop - start)
+    (tmp_path / "2.parquet").write_bytes(content)
+    for threads in (1, 2):
+        with pytest.raises(DataError, match=r"cannot read .*2\.parquet"):
+            Profile.of(str(tmp_path), threads=threads)
 
 
 def test_a_corrupt_file_among_many_is_named(tmp_path):
