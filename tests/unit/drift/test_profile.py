@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import hashlib
 import itertools
 import json
 from fractions import Fraction
@@ -476,6 +477,26 @@ def test_damaged_foreign_and_newer_profiles_are_refused(rng):
     ):
         with pytest.raises(InvalidInputError, match="damaged"):
             Profile.from_json({**value, "columns": {**value["columns"], "x": broken}})
+
+
+def test_a_profile_of_version_1_loads_and_merges(rng):
+    def first_version(value):
+        columns = {
+            name: {key: part for key, part in column.items() if key not in ("distinct", "sketch")}
+            for name, column in value["columns"].items()
+        }
+        body = {"rows": value["rows"], "columns": columns}
+        content = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        return {"profile_version": 1, "digest": hashlib.sha256(content.encode()).hexdigest(), **body}
+
+    now = Profile.of(_parts(rng)[0])
+    old = Profile.from_json(first_version(now.to_json()))
+    assert old.digest == first_version(now.to_json())["digest"]
+    assert [old.columns[name].distinct for name in ("normal", "when", "few")] == [None, None, 5]
+    assert Profile.from_json(old.to_json()).digest == old.digest
+    for merged in (old.merge(now), now.merge(old)):
+        assert (merged.rows, merged.columns["normal"].distinct) == (2 * now.rows, None)
+        assert merged.columns["few"].distinct == 5 and merged.columns["word"].distinct == 3
 
 
 def test_an_oversized_histogram_is_refused_before_it_is_unpacked():
