@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
@@ -103,6 +104,16 @@ def test_expectation_and_variance_are_those_of_drawn_labels(rng):
         assert np.sqrt(variance) == pytest.approx(truth.std(), rel=0.08), name
 
 
+def test_the_expected_auc_is_that_of_all_pairs_of_rows(rng):
+    p, scores = rng.uniform(size=12), np.round(rng.uniform(size=12), 1)
+    right = pairs = 0.0
+    for i in range(12):
+        for j in set(range(12)) - {i}:
+            pairs += p[i] * (1 - p[j])
+            right += p[i] * (1 - p[j]) * (1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0)
+    assert expected_metrics(p, scores, 0.5)["auc"][0] == pytest.approx(right / pairs, rel=1e-12)
+
+
 @pytest.mark.parametrize(("bias", "slope", "drift"), [(0.0, 1.0, 0.0), (0.6, 1.7, 0.0), (0.0, 1.0, 0.35)])
 def test_intervals_cover_what_the_labels_show(rng, bias, slope, drift):
     """Calibrated, overconfident, and calibrated only on average over chunks that are each off by their own bias."""
@@ -127,6 +138,22 @@ def test_intervals_narrow_with_rows_and_widen_with_confidence(rng):
         return metric.high - metric.low
 
     assert width(1_000) > 1.5 * width(20_000) and width(5_000, confidence=0.99) > 1.2 * width(5_000)
+
+
+def test_what_differs_from_chunk_to_chunk_stays_in_windows_larger_than_a_chunk_and_grows_in_smaller_ones(rng):
+    chunks = [draw(rng, 2_000, bias=0.3 * rng.normal()) for _ in range(10)]
+    estimator = CalibratedEstimate.fit(*(np.concatenate(part) for part in zip(*chunks)))
+    window = draw(rng, 2_000)[0]
+
+    def beyond_sampling(scores):
+        metric = estimator.estimate(scores, min_rows=1).metrics["log_loss"]
+        width = (metric.high - metric.low) / 2 / stats.t.isf(0.025, 9)
+        return width**2 - expected_metrics(estimator.calibration(scores), scores, 0.5)["log_loss"][1]
+
+    spread = estimator.spread["log_loss"] ** 2
+    assert spread > 1e-4
+    assert beyond_sampling(window) == pytest.approx(spread) == beyond_sampling(np.tile(window, 5))
+    assert beyond_sampling(window[:500]) == pytest.approx(4 * spread)
 
 
 def test_a_falling_auc_is_seen_without_labels(rng):
@@ -161,6 +188,10 @@ def test_calibrations_agree_with_scikit_learn(rng):
     free = IsotonicRegression(out_of_bounds="clip").fit(scores, labels).predict(grid)
     assert np.abs(Calibration.fit("isotonic", scores, labels)(grid) - free).max() < 0.05
     assert np.abs(Calibration.fit("isotonic", scores, labels)(grid) - free).mean() < 0.01
+    coarse = Calibration.fit("isotonic", np.round(scores, 1), labels)
+    means = pd.Series(labels).groupby(np.round(scores, 1)).mean()
+    assert coarse.scores == pytest.approx(means.index.to_numpy())
+    assert coarse.probabilities == pytest.approx(np.maximum.accumulate(means.to_numpy()), abs=0.02)
     logit = np.log(scores / (1 - scores))
     line = LogisticRegression(C=np.inf, tol=1e-10).fit(logit[:, None], labels)
     fitted = Calibration.fit("platt", scores, labels).coefficients

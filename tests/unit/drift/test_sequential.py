@@ -261,6 +261,8 @@ def test_clusters_follow_the_zone_and_the_number_of_days():
     days = pd.Series(pd.date_range("2013-01-03", periods=14, tz="UTC"))
     verdict, _ = run(replace(test, days=7, zone="UTC"), days, np.arange(14.0) / 20)
     assert (verdict.looks, verdict.waiting) == (2, 0) and verdict.mean == pytest.approx(0.325)
+    verdict, _ = run(replace(test, days=7, zone="UTC"), days[:-1], np.arange(13.0) / 20)
+    assert (verdict.looks, verdict.waiting) == (1, 1)
 
 
 def test_losses_beyond_the_bound_are_clipped_and_a_wrong_floor_is_said():
@@ -271,6 +273,14 @@ def test_losses_beyond_the_bound_are_clipped_and_a_wrong_floor_is_said():
     assert (
         verdict.verdict == "not_enough_data" and "1 clusters had a mean loss below the floor 0.2" in verdict.reasons[0]
     )
+
+
+def test_a_loss_far_below_a_wrong_floor_counts_as_the_floor():
+    times = pd.Series(START + pd.to_timedelta(np.arange(30), "D"))
+    losses = np.where(np.arange(30) == 20, 0.0, 0.6)
+    below = run(LossTest(REFERENCE, floor=0.375), times, losses)[0]
+    at = run(LossTest(REFERENCE, floor=0.375), times, np.maximum(losses, 0.375))[0]
+    assert below.evidence == at.evidence > 10 and below.reasons != at.reasons
 
 
 def test_a_higher_floor_finds_strong_harm_sooner(rng):
