@@ -64,6 +64,7 @@ def get_provider_info() -> dict[str, Any]:
             "triggers", {"Ray": ["ray"], "KubeRay": ["kuberay"], "Evidently": ["drift"], "Ray Serve": ["canary"]}
         ),
         "task-decorators": [{"name": "ray_train", "class-name": "airflow_mlops.decorators.ray.ray_train_task"}],
+        "notifications": ["airflow_mlops.notifications.drift.DriftNotifier"],
         "extra-links": [
             "airflow_mlops.links.RayDashboardLink",
             "airflow_mlops.links.GrafanaLink",

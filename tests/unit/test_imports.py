@@ -21,7 +21,7 @@ ACTING = {
 }
 SHELL = [
     ".".join(("airflow_mlops", *path.relative_to(PACKAGE).with_suffix("").parts))
-    for room in ("hooks", "operators", "sensors", "triggers", "decorators")
+    for room in ("hooks", "operators", "sensors", "triggers", "decorators", "notifications")
     for path in sorted((PACKAGE / room).glob("*.py"))
     if path.stem != "__init__"
 ] + ["airflow_mlops.links", "airflow_mlops.shell", "airflow_mlops.windows"]

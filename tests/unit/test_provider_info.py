@@ -83,8 +83,12 @@ def test_the_form_of_ray_has_the_fields_that_its_endpoint_reads():
     assert set(ray["conn-fields"]) == read
 
 
-def test_the_links_and_the_decorator_are_classes_that_exist():
-    for path in [*INFO["extra-links"], *(entry["class-name"] for entry in INFO["task-decorators"])]:
+def test_the_links_the_notifier_and_the_decorator_are_classes_that_exist():
+    for path in [
+        *INFO["extra-links"],
+        *INFO["notifications"],
+        *(entry["class-name"] for entry in INFO["task-decorators"]),
+    ]:
         module, name = path.rsplit(".", 1)
         assert callable(getattr(importlib.import_module(module), name))
 
@@ -98,6 +102,7 @@ def test_airflow_lists_the_provider_with_its_hooks_and_decorator():
     assert {"ray", "kuberay", "feast", "mlflow", "dvc_remote"} <= set(runtime.hooks)
     assert "ray_train" in runtime.taskflow_decorators
     assert "airflow_mlops.links.RayDashboardLink" in manager.extra_links_class_names
+    assert any("DriftNotifier" in str(entry) for entry in manager.notification)
 
 
 def test_the_config_section_has_defaults():
