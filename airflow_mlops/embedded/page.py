@@ -84,6 +84,8 @@ def render(months: Sequence[MonthSummary]) -> str:
             _tiles(months),
             "<h2>What retraining brought</h2>",
             _plots(months),
+            "<h2>Drift, and the loss that came with it</h2>",
+            _drift_and_loss(months),
             "<h2>Month by month</h2>",
             _table(months),
             "<h2>Why: the evidence of every decision</h2>",
@@ -181,6 +183,58 @@ def _plots(months: Sequence[MonthSummary]) -> str:
     cards = [f'<div class="card"><h3>{title}</h3>{plot}</div>' for title, plot in plots]
     cards.append(f'<div class="card"><h3>When the loop acted</h3>{_actions(months)}</div>')
     return f'{note}<div class="plots">{"".join(cards)}</div>'
+
+
+def _drift_and_loss(months: Sequence[MonthSummary]) -> str:
+    """What the sensor said of each month's data, beside what it did to the model that was never retrained."""
+    labels = [_label(month.month) for month in months]
+    frozen = [month.frozen.log_loss if month.frozen else None for month in months]
+    first = next((loss for loss in frozen if loss is not None), None)
+    drifted = [float(len(month.columns)) if month.champion else None for month in months]
+    # The sensor's list of drifted columns ends at fifteen.
+    counted = charts.bars("drifted columns", labels, drifted, colour="rate")
+    loss = charts.lines("log loss of the frozen model", labels, {"frozen": frozen})
+    rows = []
+    for month, value in zip(months, frozen):
+        if month.champion is None:
+            continue
+        change = None if value is None or first is None else value - first
+        tests = ((month.ledger.get("drift") or {}).get("harm") or {}).get("tests") or {}
+        own = (tests.get("log_loss") or {}).get("change")
+        cells = [
+            (month.month, ""), (_chip(month.verdict), ""), (str(len(month.columns)), "n"), (_number(value), "n"),
+            (_signed(change), "n"), (_signed(own), "n"), (escape(", ".join(month.columns)) or "–", ""),
+        ]  # fmt: skip
+        rows.append("<tr>" + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells) + "</tr>")
+    heads = [("month", ""), ("verdict", ""), ("drifted columns", "n"), ("log loss frozen", "n")]
+    heads += [("against its first month", "n"), ("log loss champion against its reference", "n"), ("which", "")]
+    head = "".join(f'<th class="{kind}">{text}</th>' for text, kind in heads)
+    return (
+        f"<p>{escape(_telling(months))} Columns that move with the calendar, such as the weather, are not counted.</p>"
+        f'<div class="plots"><div class="card"><h3>Drifted columns, against the champion\'s training data</h3>{counted}'
+        f'</div><div class="card"><h3>Log loss of the frozen model, lower is better</h3>{loss}</div></div>'
+        f'<div class="scroll" style="margin-top:16px"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    )
+
+
+def _telling(months: Sequence[MonthSummary]) -> str:
+    """Whether months with more drifted columns were months of more loss for the frozen model, in words."""
+    known = [
+        (len(month.columns), month.frozen.log_loss)
+        for month in months
+        if month.champion and month.frozen and month.frozen.log_loss is not None
+    ]
+    if len(known) < 4 or len({count for count, _ in known}) < 2:
+        return "Too few months to say whether drift of the columns tells of a loss."
+    pairs = [
+        (first, second) for place, first in enumerate(known) for second in known[place + 1 :] if first[0] != second[0]
+    ]
+    agree = sum((first[0] < second[0]) == (first[1] < second[1]) for first, second in pairs)
+    tells = "goes with loss" if agree >= 0.75 * len(pairs) else "does not tell of loss"
+    return (
+        f"Of any two months, the one with more drifted columns was the one with more loss in {agree} of {len(pairs)} "
+        f"cases: drift of the columns alone {tells} here."
+    )
 
 
 def _actions(months: Sequence[MonthSummary]) -> str:

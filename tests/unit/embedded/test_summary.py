@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from airflow_mlops.embedded import charts, page, summary
-from airflow_mlops.embedded.summary import MonthSummary
+from airflow_mlops.embedded.summary import MonthSummary, Score
 
 Make = Callable[..., dict[str, Any]]
 
@@ -100,6 +101,25 @@ def test_months_that_are_not_better_are_open_on_the_page(year: list[MonthSummary
     for month, is_open in [("2013-04", True), ("2013-06", False), ("2013-07", True)]:
         assert (f"<details open><summary>{month}" in text) is is_open
         assert (f"<details><summary>{month}" in text) is not is_open
+
+
+def test_drift_is_held_against_the_loss_it_came_with(year: list[MonthSummary]) -> None:
+    """Counts of drifted columns and losses of the frozen model, set by hand."""
+
+    def told(counts: list[int], losses: list[float]) -> str:
+        months = [
+            replace(month, columns=("x",) * count, frozen=Score("1", 0.7, loss))
+            for month, count, loss in zip(year[1:], counts, losses)
+        ]
+        return page._drift_and_loss(months)
+
+    losses = [0.43, 0.45, 0.53, 0.56, 0.46]
+    assert "10 of 10 cases: drift of the columns alone goes with loss here" in told([1, 2, 4, 5, 3], losses)
+    assert "4 of 10 cases: drift of the columns alone does not tell of loss" in told([2, 5, 1, 3, 4], losses)
+    assert "Too few months" in told([1, 2, 4], losses)
+    assert "Too few months" in told([0, 0, 0, 0, 0], losses)
+    text = told([1, 2, 4, 5, 3], losses)
+    assert '<td class="n">+0.1300</td>' in text, "July's loss against April's"
 
 
 def test_the_page_of_nothing_is_a_page() -> None:
