@@ -156,6 +156,15 @@ def test_what_differs_from_chunk_to_chunk_stays_in_windows_larger_than_a_chunk_a
     assert beyond_sampling(window[:500]) == pytest.approx(4 * spread)
 
 
+def test_the_spread_between_chunks_leaves_out_what_sampling_explains(rng):
+    shares = []
+    for _ in range(10):
+        scores, labels = draw(rng, 5_000)
+        spread = CalibratedEstimate.fit(scores, labels, method="none").spread["brier"]
+        shares.append(spread**2 / (expected_metrics(scores, scores, 0.5)["brier"][1] * 10))
+    assert np.mean(shares) < 0.5
+
+
 def test_a_falling_auc_is_seen_without_labels(rng):
     estimator = CalibratedEstimate.fit(*draw(rng, 20_000, slope=1.6))
     window, labels = draw(rng, 8_000, mean=0.0, sd=0.5, slope=1.6)
