@@ -12,6 +12,9 @@ from crying wolf. Two controls, both valid whatever the dependence between colum
     ``(1 - p + p ln p) / (p (ln p)^2)`` (Vovk and Wang, 2021). Of this window alone: a running maximum of an e-process
     over windows is no e-value, and nothing is carried over from earlier windows.
 
+The p-values take rows for independent. Where rows hang together (the flights of a day share its weather) they are too
+small, and ``min_effect`` alone keeps a chance difference of few days from being called drift.
+
 Four kinds of finding are judged apart, each by fields of its own in :class:`DriftPolicy`: drift of the ``data``, drift
 of the ``prediction``, breaks of ``quality``, and what the ``calendar`` explains, which is shown and never counts.
 """

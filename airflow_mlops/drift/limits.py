@@ -57,7 +57,7 @@ class DriftPolicy:
     :param min_effect: smallest debiased effect that counts, however many rows there are: standard deviations
         (Wasserstein) for numbers, Jensen-Shannon distance for categories; :data:`MIN_EFFECT` by method when None
     :param fdr: bound on the expected share of false ones among the columns called drifted; with no drift at all it
-        bounds the share of windows that alarm
+        bounds the share of windows that alarm. The default and that of the predictions make 1 % together
     :param control: how ``fdr`` is held: ``by`` (Benjamini and Yekutieli) or ``e-bh``, see
         :mod:`airflow_mlops.drift.compare`
     :param min_rows: values needed on both sides of a column; fewer is "not enough data"
@@ -69,7 +69,7 @@ class DriftPolicy:
     :param method: column to ``wasserstein``, ``js``, ``psi`` or ``ks``, see :mod:`airflow_mlops.drift.distances`
     :param calendar_columns: columns that move with the season or the calendar: their drift is shown, never counted
 
-    Drift of predictions, judged apart (its false alarms come on top of those of the data; 1 % together by default):
+    Drift of predictions, judged apart (its false alarms come on top of those of the data):
 
     :param prediction_columns: columns that hold the model's predictions; a single one that drifts is enough
     :param prediction_min_effect: as ``min_effect``
