@@ -87,7 +87,7 @@ class Hysteresis:
         given = known_fields(cls, "hysteresis", value)
         for name in ("cooldown", "window", "rearm_after"):
             if given.get(name) is not None:
-                given[name] = _span(name, given[name])
+                given[name] = span(name, given[name])
         limits = cls(**given)
         limits.check()
         return limits
@@ -102,11 +102,11 @@ class Hysteresis:
             if (count := getattr(self, name)) is not None and count != int(count):
                 raise InvalidInputError(f"hysteresis: {name} is {count!r}; expected a whole number")
         for name in ("cooldown", "window", "rearm_after"):
-            span = getattr(self, name)
-            if span is None and name == "rearm_after":
+            length = getattr(self, name)
+            if length is None and name == "rearm_after":
                 continue
-            if not isinstance(span, dt.timedelta) or not dt.timedelta(0) <= span <= _LONGEST:
-                raise InvalidInputError(f"hysteresis: {name} is {span!r}; expected a span of time such as '30d'")
+            if not isinstance(length, dt.timedelta) or not dt.timedelta(0) <= length <= _LONGEST:
+                raise InvalidInputError(f"hysteresis: {name} is {length!r}; expected a span of time such as '30d'")
 
     def decide(
         self, state: Mapping[str, Any] | None, score: float | None, at: dt.datetime, subject: str | None = None
@@ -289,14 +289,18 @@ def _instant(at: dt.datetime) -> dt.datetime:
     return at.astimezone(dt.timezone.utc)
 
 
-def _span(name: str, value: Any) -> dt.timedelta:
+def span(name: str, value: Any) -> dt.timedelta:
+    """A span of time from a :class:`datetime.timedelta`, seconds, or text such as ``"12h"``, ``"30d"``, ``"4w"``.
+
+    :param name: how an error calls it
+    """
     if isinstance(value, dt.timedelta):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return dt.timedelta(seconds=value)
     if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*", str(value)):
         return dt.timedelta(**{_UNITS[match[2]]: float(match[1])})
-    raise InvalidInputError(f"hysteresis: {name} is {value!r}; expected seconds, or text such as '12h', '30d', '4w'")
+    raise InvalidInputError(f"{name} is {value!r}; expected seconds, or text such as '12h', '30d', '4w'")
 
 
 def _text(span: dt.timedelta) -> str:

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlops import storage
-from airflow_mlops.exceptions import DataError
+from airflow_mlops.exceptions import DataError, RegistryError
 from airflow_mlops.shell import as_mapping, log_table
 
 if TYPE_CHECKING:
-    from airflow_mlops.drift import DriftPolicy, DriftReport, HarmReport, Profile
+    from airflow_mlops.drift import DriftPolicy, DriftReport, Profile
     from airflow_mlops.hooks.mlflow import MlflowHook
 
 
 def policy_of(kind: Any, value: Any, name: str) -> Any:
     return value if isinstance(value, kind) else kind.from_json(as_mapping(value, name))
+
+
+def tagged_json(hook: MlflowHook, champion: Any, tag: str, what: str) -> Any:
+    """The JSON that a tag of the champion's version names.
+
+    :param what: how an error calls it
+    :raises RegistryError: there is no such tag, or not what it names
+    """
+    uri = (champion.tags or {}).get(tag)
+    name = f"{champion.name} version {champion.version}"
+    fix = (
+        f"register the version with MlflowRegisterOperator, or write the JSON and set it: MlflowClient()"
+        f".set_model_version_tag({champion.name!r}, {str(champion.version)!r}, {tag!r}, <uri>)"
+    )
+    if not uri:
+        raise RegistryError(f"{name} has no {what} (tag {tag}); {fix}")
+    try:
+        return read_json(hook, uri)
+    except FileNotFoundError:
+        raise RegistryError(f"the {what} of {name} is not at {uri} any more; restore it, or {fix}") from None
+    except ValueError as error:
+        raise RegistryError(f"the {what} of {name} at {uri} is no JSON ({error}); {fix}") from error
 
 
 def read_json(hook: MlflowHook, uri: str) -> Any:
@@ -31,51 +53,16 @@ def read_json(hook: MlflowHook, uri: str) -> Any:
             raise FileNotFoundError(uri) from error
 
 
-def read_predictions(uri: str, columns: list[str]) -> Any:
-    """The predictions as a ``pandas.DataFrame``; ``event_timestamp`` in UTC."""
-    import pandas as pd
-    import pyarrow as pa
-
-    from airflow_mlops.drift.profile import batches, column_names
-
-    wanted = ["event_timestamp", *columns]
-    absent = [name for name in wanted if name not in (present := column_names(uri))]
-    if absent:
-        raise DataError(
-            f"{uri} lacks {', '.join(absent)}; it has {', '.join(present)}. Set label_column and prediction_column."
-        )
-    found = list(batches(uri, wanted))
-    frame = pa.Table.from_batches(found).to_pandas() if found else pd.DataFrame(columns=wanted)
-    frame["event_timestamp"] = pd.to_datetime(frame["event_timestamp"], utc=True)
-    return frame
-
-
 def drift_table(report: DriftReport) -> str:
     header = ["column", "status", "distance", "effect", "adjusted p", "reference", "current", "missing", "reason"]
     rows: list[list[object]] = []
     for c in report.columns[:40]:
-        numbers = [_number(value) for value in (c.effect, c.adjusted_p, c.reference, c.current)]
+        numbers = [number(value) for value in (c.effect, c.adjusted_p, c.reference, c.current)]
         rows.append([c.name, c.status, c.method or "", *numbers, f"{c.missing[1]:.1%}", c.reason])
     return log_table(header, rows)
 
 
-def harm_table(report: HarmReport) -> str:
-    rows: list[list[object]] = [
-        [
-            t.name,
-            _number(t.reference),
-            _number(t.current),
-            _number(t.change),
-            t.tolerance,
-            _number(t.p_value),
-            t.harmful,
-        ]
-        for t in report.tests
-    ]
-    return log_table(["test", "reference", "current", "change", "tolerance", "p", "harmful"], rows)
-
-
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
@@ -102,11 +89,13 @@ def compare_window(
     categorical: Sequence[str],
     policy: DriftPolicy,
     season: Profile | None,
+    build: Callable[..., Profile] | None = None,
 ) -> tuple[Profile, Found]:
     """The reference's columns that are asked for, and how the data at ``uri`` compare.
 
     :param columns: to compare; the reference's when empty
     :param categorical: numeric columns whose numbers are names
+    :param build: makes the profile of the data; :meth:`Profile.of` when not given
     :raises DataError: a column asked for is nowhere, or the two have none in common
     """
     from airflow_mlops.drift import Profile, compare
@@ -125,7 +114,7 @@ def compare_window(
         )
     # Numbers that the training took for names are names here too.
     names = {n for n, c in reference.columns.items() if c.kind == "categorical" and "string" not in c.type}
-    current = Profile.of(
+    current = (build or Profile.of)(
         uri, columns=[name for name in wanted if name in present], categorical=sorted(names | set(categorical))
     )
     report = compare(reference, current, policy, season=season)

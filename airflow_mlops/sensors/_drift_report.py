@@ -34,6 +34,8 @@ def small(report: Mapping[str, Any], drift: DriftReport | None, harm: HarmReport
         "compared": len(drift.columns) if drift else 0,
         "drift": drift.verdict if drift else None,
         "harm": small_harm(harm),
+        "estimate": report["estimate"],
+        "sequential": report["sequential"],
     }
 
 

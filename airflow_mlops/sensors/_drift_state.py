@@ -28,27 +28,41 @@ def decide(
     at: dt.datetime,
     subject: str | None,
 ) -> Decision:
-    """What ``limits`` make of a window's evidence, kept for the next one.
+    """What ``limits`` make of a window's evidence, kept for the next one; see :func:`change`.
+
+    :param folder: of the file
+    """
+    name = re.sub(r"[^\w.+-]", "_", model_name)
+    return change(
+        context,
+        f"mlops_drift_hysteresis.{name}",
+        storage.join(folder, f"{name}.hysteresis.json"),
+        lambda state: limits.decide(state, score, at, subject),
+    )
+
+
+def change(context: Mapping[str, Any], key: str, uri: str, step: Step) -> Any:
+    """Replace a state by what ``step`` makes of it; return its answer.
 
     The state is in the store of the task's asset where it has exactly one among its inlets and outlets, else in a file.
 
     :param context: Airflow's task context
-    :param folder: of the file
+    :param key: of the state in the asset's store
+    :param uri: of the file
+    :param step: takes the state, None at first; returns an answer and the new state. May be called again
     """
-    name = re.sub(r"[^\w.+-]", "_", model_name)
-    key, store = f"mlops_drift_hysteresis.{name}", context.get("asset_state_store")
+    store = context.get("asset_state_store")
     try:
         before = None if store is None else store.get(key)
     except ValueError:
         # Several assets, or none that is concrete: which one keeps the state would be a guess.
         store = None
     if store is None:
-        uri = storage.join(folder, f"{name}.hysteresis.json")
-        return change_file(uri, lambda state: limits.decide(state, score, at, subject))
-    decision, after = limits.decide(before, score, at, subject)
+        return change_file(uri, step)
+    answer, after = step(before)
     if after != before:
         store.set(key, after)
-    return decision
+    return answer
 
 
 def change_file(uri: str, step: Step) -> Any:

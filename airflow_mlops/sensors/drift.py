@@ -13,18 +13,19 @@ from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException
 
 from airflow_mlops import storage
-from airflow_mlops.exceptions import InvalidInputError, RegistryError
+from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.links import MlflowRunLink, ReportLink
 from airflow_mlops.sensors._drift import (
     Found,
     compare_window,
     drift_table,
-    harm_table,
     judge_by_evidently,
     policy_of,
     read_json,
-    read_predictions,
+    tagged_json,
 )
+from airflow_mlops.sensors._drift_evidence import Evidence, evidence_of
+from airflow_mlops.sensors._drift_ray import profile_by_job
 from airflow_mlops.sensors._drift_report import short, small, to_mlflow, to_prometheus, write_page
 from airflow_mlops.sensors._drift_state import decide
 from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail, push_result, require
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from airflow.providers.openlineage.extractors import OperatorLineage
     from airflow.sdk import Context
 
-    from airflow_mlops.drift import DriftPolicy, DriftReport, HarmPolicy, HarmReport, Profile
+    from airflow_mlops.drift import DriftPolicy, DriftReport, HarmPolicy, Profile
     from airflow_mlops.drift.hysteresis import Decision, Hysteresis
     from airflow_mlops.hooks.mlflow import MlflowHook
 
@@ -50,7 +51,7 @@ class _Seen:
     result: dict[str, Any]
 
 
-ENGINES = ("profile", "evidently")
+ENGINES = ("profile", "ray", "evidently")
 
 
 class DriftSensor(BaseSensorOperator):
@@ -105,14 +106,23 @@ class DriftSensor(BaseSensorOperator):
     :param report_dir: folder or URI for reports (templated)
     :param window_start: start of the window, for the report; the run's data interval when not given (templated)
     :param window_end: end of the window (templated)
+    :param scores_column: column of the champion's scores in ``predictions_uri``, or in ``current_uri`` where that is
+        not given: what performance to expect of them, without labels, is shown as ``estimate``. Needs the tag
+        ``mlops.performance_uri``: JSON of a :class:`~airflow_mlops.drift.performance.CalibratedEstimate` (templated)
+    :param loss_test: fields of a :class:`~airflow_mlops.drift.sequential.LossTest`, and ``label_delay`` such as
+        ``"3d"``: the champion's log loss is tested over all windows since it serves, at every one of them, shown as
+        ``sequential``, and harm by it is harm. Kept where the hysteresis is (templated)
     :param hysteresis: fields of :class:`~airflow_mlops.drift.hysteresis.Hysteresis`, for example
         ``{"cooldown": "7d", "budget_per_window": 2, "window": "30d"}``; the score is 1 where the policy's tolerance is,
         2 at twice of it (templated)
     :param state_dir: folder or URI of the hysteresis' file where no asset keeps it; the same for every window;
         ``report_dir`` when not given (templated)
-    :param engine: ``profile``, or ``evidently`` for the verdict of Evidently's own preset and tests, on all rows in
-        memory (templated)
-    :param engine_options: with ``evidently`` arguments of its ``DataDriftPreset``, such as ``drift_share`` (templated)
+    :param engine: ``profile``; ``ray`` for the same profile, built by Ray Data in a job on a cluster; or ``evidently``
+        for the verdict of Evidently's own preset and tests, on all rows in memory (templated)
+    :param engine_options: with ``evidently`` arguments of its ``DataDriftPreset``, such as ``drift_share``; with
+        ``ray`` its ``runtime_env``, ``num_cpus`` of each task and ``poll_interval`` (templated)
+    :param ray_conn_id: connection of type ``ray``, for ``engine="ray"``; the cluster's image needs this package, and
+        Ray and Airflow the same storage
     :param reference_uri: data that the champion was trained on, for ``engine="evidently"``; those named by the tag
         ``mlops.dataset_uri`` when not given (templated)
     :param season_uri: JSON of a profile of the same season in another year: columns that are as in it are shown as
@@ -145,6 +155,8 @@ class DriftSensor(BaseSensorOperator):
         "report_dir",
         "window_start",
         "window_end",
+        "scores_column",
+        "loss_test",
         "hysteresis",
         "state_dir",
         "engine",
@@ -155,7 +167,9 @@ class DriftSensor(BaseSensorOperator):
         "prometheus_textfile_dir",
         "pushgateway_url",
     )
-    template_fields_renderers = dict.fromkeys(("policy", "harm_policy", "hysteresis", "engine_options"), "json")
+    template_fields_renderers = dict.fromkeys(
+        ("policy", "harm_policy", "loss_test", "hysteresis", "engine_options"), "json"
+    )
     operator_extra_links = (ReportLink(), MlflowRunLink())
     ui_color = "#e8f0fa"
 
@@ -180,10 +194,13 @@ class DriftSensor(BaseSensorOperator):
         retrain_on: Sequence[str] = ("harm",),
         window_start: str | None = None,
         window_end: str | None = None,
+        scores_column: str | None = None,
+        loss_test: Mapping[str, Any] | None = None,
         hysteresis: Hysteresis | Mapping[str, Any] | None = None,
         state_dir: str | None = None,
         engine: str = "profile",
         engine_options: Mapping[str, Any] | None = None,
+        ray_conn_id: str = "ray_default",
         reference_uri: str | None = None,
         season_uri: str | None = None,
         experiment: str | None = "drift",
@@ -212,10 +229,13 @@ class DriftSensor(BaseSensorOperator):
         self.retrain_on = retrain_on
         self.window_start = window_start
         self.window_end = window_end
+        self.scores_column = scores_column
+        self.loss_test = loss_test
         self.hysteresis = hysteresis
         self.state_dir = state_dir
         self.engine = engine
         self.engine_options = engine_options
+        self.ray_conn_id = ray_conn_id
         self.reference_uri = reference_uri
         self.season_uri = season_uri
         self.experiment = experiment
@@ -292,7 +312,7 @@ class DriftSensor(BaseSensorOperator):
         if self.engine not in ENGINES:
             raise InvalidInputError(f"engine is {self.engine!r}; expected {' or '.join(ENGINES)}")
         if self.engine == "profile" and as_mapping(self.engine_options, "engine_options"):
-            raise InvalidInputError("engine_options are for engine='evidently'; leave them out, or set the engine")
+            raise InvalidInputError("engine_options are for engine='ray' or 'evidently'; set it, or leave them out")
         self._limits()
 
     # --- the check ----------------------------------------------------------------------------------------------
@@ -310,10 +330,10 @@ class DriftSensor(BaseSensorOperator):
         if champion is None:
             reasons = [f"{self.model_name} has no champion yet: train the first one"]
             return self._publish(hook, report_uri, report, "no_champion", True, reasons)
-        reference, found = self._drift(hook, champion, self._reference_profile(hook, champion), window)
-        harm = self._harm(hook, champion)
-        verdict, wanted, reasons = self._decide(found, harm)
-        held = self._hold(context, window, model["version"], found, harm, wanted)
+        reference, found = self._drift(hook, champion, self._reference_profile(hook, champion), window, report_uri)
+        evidence = self._evidence(context, hook, champion, window)
+        verdict, wanted, reasons = self._decide(found, evidence)
+        held = self._hold(context, window, model["version"], found, evidence, wanted)
         if held is not None and wanted and not held.retrain:
             until = f", until {held.until}" if held.until else ""
             why = held.reason or f"the evidence, {held.score:.3g} times what is tolerated, is below the level to arm"
@@ -322,7 +342,7 @@ class DriftSensor(BaseSensorOperator):
         if html_uri is not None:
             html_uri = write_page(self.log, html_uri, reference, found, self.current_uri)
         retrain = wanted and (held is None or held.retrain)
-        result = self._publish(hook, report_uri, report, verdict, retrain, reasons, found, harm, held, html_uri)
+        result = self._publish(hook, report_uri, report, verdict, retrain, reasons, found, evidence, held, html_uri)
         self._seen = _Seen(self._reference_uri(champion), found.profile, found.report, result)
         return result
 
@@ -349,38 +369,29 @@ class DriftSensor(BaseSensorOperator):
     def _reference_profile(self, hook: MlflowHook, champion: Any) -> Profile:
         from airflow_mlops.drift import Profile
 
-        return Profile.from_json(self._tagged_json(hook, champion, "mlops.profile_uri", "training profile"))
-
-    def _tagged_json(self, hook: MlflowHook, champion: Any, tag: str, what: str) -> Any:
-        uri = (champion.tags or {}).get(tag)
-        name = f"{self.model_name} version {champion.version}"
-        fix = (
-            f"register the version with MlflowRegisterOperator, or write the JSON and set it: MlflowClient()"
-            f".set_model_version_tag({self.model_name!r}, {str(champion.version)!r}, {tag!r}, <uri>)"
-        )
-        if not uri:
-            raise RegistryError(f"{name} has no {what} (tag {tag}); {fix}")
-        try:
-            return read_json(hook, uri)
-        except FileNotFoundError:
-            raise RegistryError(f"the {what} of {name} is not at {uri} any more; restore it, or {fix}") from None
-        except ValueError as error:
-            raise RegistryError(f"the {what} of {name} at {uri} is no JSON ({error}); {fix}") from error
+        return Profile.from_json(tagged_json(hook, champion, "mlops.profile_uri", "training profile"))
 
     def _reference_uri(self, champion: Any) -> str | None:
         return (champion.tags or {}).get("mlops.dataset_uri") if is_blank(self.reference_uri) else self.reference_uri
 
     def _drift(
-        self, hook: MlflowHook, champion: Any, reference: Profile, window: Window | None
+        self, hook: MlflowHook, champion: Any, reference: Profile, window: Window | None, report_uri: str
     ) -> tuple[Profile, Found]:
         from airflow_mlops.drift import Profile
 
         season = None if is_blank(self.season_uri) else Profile.from_json(read_json(hook, str(self.season_uri)))
         columns, categorical = as_names(self.columns, "columns"), as_names(self.categorical, "categorical")
         policy = self._drift_policy(window)
-        reference, found = compare_window(reference, self.current_uri, columns, categorical, policy, season)
+        options = as_mapping(self.engine_options, "engine_options")
+
+        def by_job(uri: str, *, columns: Sequence[str], categorical: Sequence[str]) -> Profile:
+            output = report_uri.removesuffix(REPORT_SUFFIX) + ".profile.json"
+            return profile_by_job(self.log, self.ray_conn_id, uri, columns, categorical, output, options)
+
+        build = by_job if self.engine == "ray" else None
+        reference, found = compare_window(reference, self.current_uri, columns, categorical, policy, season, build)
         if self.engine == "evidently":
-            reference_uri, options = self._reference_uri(champion), as_mapping(self.engine_options, "engine_options")
+            reference_uri = self._reference_uri(champion)
             if reference_uri is None:
                 raise InvalidInputError(
                     f"engine='evidently' needs the data that {self.model_name} version {champion.version} was trained "
@@ -401,34 +412,38 @@ class DriftSensor(BaseSensorOperator):
             fields["as_of"] = window.end.isoformat()
         return DriftPolicy.from_json(fields)
 
-    def _harm(self, hook: MlflowHook, champion: Any) -> HarmReport | None:
-        """The verdict on the champion's losses, or None when no predictions are given and none are asked for."""
-        from airflow_mlops.drift import HarmPolicy, LossReference, assess_harm
-
-        if is_blank(self.predictions_uri):
-            if "harm" in self._retrain_on:
-                raise InvalidInputError(
-                    "retrain_on names harm, which needs predictions_uri: Parquet with event_timestamp, "
-                    f"{self.label_column} and {self.prediction_column}. Give it, or set retrain_on=['drift']."
-                )
-            return None
-        stored = self._tagged_json(hook, champion, "mlops.loss_reference_uri", "loss reference")
-        frame = read_predictions(str(self.predictions_uri), [self.label_column, self.prediction_column])
-        report = assess_harm(
-            LossReference.from_json(stored),
-            frame[self.label_column],
-            frame[self.prediction_column],
-            frame["event_timestamp"].dt.date,
-            policy_of(HarmPolicy, self.harm_policy, "harm_policy"),
+    def _evidence(self, context: Context, hook: MlflowHook, champion: Any, window: Window | None) -> Evidence:
+        """What the champion's scores and losses say."""
+        if is_blank(self.predictions_uri) and "harm" in self._retrain_on:
+            raise InvalidInputError(
+                "retrain_on names harm, which needs predictions_uri: Parquet with event_timestamp, "
+                f"{self.label_column} and {self.prediction_column}. Give it, or set retrain_on=['drift']."
+            )
+        found = evidence_of(
+            context,
+            hook,
+            champion,
+            window,
+            current_uri=self.current_uri,
+            predictions_uri=None if is_blank(self.predictions_uri) else str(self.predictions_uri),
+            columns=(self.label_column, self.prediction_column),
+            scores_column=None if is_blank(self.scores_column) else str(self.scores_column),
+            harm_policy=self.harm_policy,
+            loss_test=None if is_blank(self.loss_test) else as_mapping(self.loss_test, "loss_test"),
+            state_dir=self._state_dir,
         )
-        self.log.info("Harm: %s (%s)\n%s", report.verdict, "; ".join(report.reasons), harm_table(report))
-        return report
+        found.log(self.log)
+        return found
 
-    def _decide(self, found: Found, harm: HarmReport | None) -> tuple[str, bool, list[str]]:
-        """The verdict of both together, whether to retrain, and why."""
-        drift = found.report
-        harmful, drifted = harm is not None and harm.verdict == "harm", drift.verdict == "drift"
-        reasons = [f"harm: {reason}" for reason in (harm.reasons if harm else ())]
+    @property
+    def _state_dir(self) -> str:
+        return str(self.report_dir if is_blank(self.state_dir) else self.state_dir)
+
+    def _decide(self, found: Found, evidence: Evidence) -> tuple[str, bool, list[str]]:
+        """The verdict of all together, whether to retrain, and why."""
+        drift, harm = found.report, evidence.harm
+        harmful, drifted = evidence.harmful, drift.verdict == "drift"
+        reasons = [f"harm: {reason}" for reason in evidence.reasons]
         reasons += [f"drift: {reason}" for reason in drift.reasons]
         retrain = ("harm" in self._retrain_on and harmful) or (
             "drift" in self._retrain_on and drifted and found.drifted
@@ -448,7 +463,7 @@ class DriftSensor(BaseSensorOperator):
         window: Window | None,
         version: str | None,
         found: Found,
-        harm: HarmReport | None,
+        evidence: Evidence,
         wanted: bool,
     ) -> Decision | None:
         """What the hysteresis makes of the evidence; None without one."""
@@ -459,9 +474,8 @@ class DriftSensor(BaseSensorOperator):
             return None
         if window is None:
             raise InvalidInputError("hysteresis goes by windows, and this run has none; give both ends of one")
-        score = severity(found.report, harm, self._retrain_on, wanted, limits.arm, found.share)
-        folder = str(self.report_dir if is_blank(self.state_dir) else self.state_dir)
-        held = decide(context, limits, self.model_name, folder, score, window.end, version)
+        score = severity(found.report, evidence.harm, self._retrain_on, wanted, limits.arm, found.share)
+        held = decide(context, limits, self.model_name, self._state_dir, score, window.end, version)
         self.log.info("Hysteresis: score %s, %s", held.score, held.reason or "nothing held back")
         return held
 
@@ -474,7 +488,7 @@ class DriftSensor(BaseSensorOperator):
         retrain: bool,
         reasons: list[str],
         found: Found | None = None,
-        harm: HarmReport | None = None,
+        evidence: Evidence | None = None,
         held: Decision | None = None,
         html_uri: str | None = None,
     ) -> dict[str, Any]:
@@ -488,7 +502,7 @@ class DriftSensor(BaseSensorOperator):
             "reasons": reasons,
             "html_uri": html_uri,
             "drift": drift.to_json() if drift else None,
-            "harm": harm.to_json() if harm else None,
+            **(evidence or Evidence()).to_json(),
             "hysteresis": held.to_json() if held else None,
         }
         storage.write_json(report_uri, report)
@@ -504,7 +518,7 @@ class DriftSensor(BaseSensorOperator):
         run: dict[str, str | None] = {"mlflow_run_id": None, "mlflow_url": None}
         if not is_blank(self.experiment) and not self._waits_on(report):
             run = to_mlflow(self.log, hook, str(self.experiment), report, report_uri)
-        return {**small(report, drift, harm), "report_uri": report_uri, **run}
+        return {**small(report, drift, evidence.harm if evidence else None), "report_uri": report_uri, **run}
 
     def _setting(self, name: str) -> str:
         """An argument, or what Airflow's configuration has in its place."""

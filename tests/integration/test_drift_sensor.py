@@ -586,3 +586,94 @@ def test_data_are_fresh_as_of_the_end_of_the_window(champion, month, sensor, con
     assert (fresh["verdict"], fresh["broken_columns"]) == ("stable", [])
     stale = sensor(**made, policy={"max_age": {"event_timestamp": 60}}).execute(context)
     assert (stale["verdict"], stale["broken_columns"]) == ("drift", ["event_timestamp"])
+
+
+# --- evidence from scores and losses ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def estimator(champion, client, root, rng):
+    """The estimator of performance that a training would leave beside the model."""
+    from airflow_mlops.drift.performance import CalibratedEstimate
+
+    held_out = predictions(rng, features(rng, 9_000))
+    stored = CalibratedEstimate.fit(held_out["champion"], held_out["label"])
+    storage.write_json(f"{root}/performance.json", stored.to_json())
+    client.set_model_version_tag(MODEL, "1", "mlops.performance_uri", f"{root}/performance.json")
+
+
+def test_performance_is_estimated_without_labels(estimator, month, sensor, context, root):
+    month()
+    frame = pd.read_parquet(root / "predictions.parquet")
+    frame.drop(columns="label").to_parquet(root / "month.parquet")
+    made = {"columns": [], "retrain_on": ["drift"], "on_stable": "proceed", "scores_column": "champion"}
+    features(np.random.default_rng(1)).assign(champion=frame["champion"]).to_parquet(root / "month.parquet")
+    result = sensor(**made, predictions_uri=None).execute(context)
+    from sklearn.metrics import roc_auc_score
+
+    found = result["estimate"]
+    assert found["verdict"] == "estimated" and found["rows"] == 4_000
+    auc = found["metrics"]["roc_auc"] if "roc_auc" in found["metrics"] else found["metrics"]["auc"]
+    assert auc["low"] < roc_auc_score(frame["label"], frame["champion"]) < auc["high"]
+    assert sensor(**made).execute(context)["estimate"]["metrics"] == found["metrics"], "or from the predictions"
+    assert storage.read_json(result["report_uri"])["estimate"]["metrics"] == found["metrics"]
+    assert sensor(**{**made, "scores_column": None}).execute(context)["estimate"] is None
+
+
+def test_an_estimate_without_its_inputs_is_an_error(champion, month, sensor, context):
+    month()
+    with pytest.raises(AirflowFailException, match="has no estimator of performance"):
+        sensor(scores_column="champion").execute(context)
+
+
+def test_scores_that_are_not_there_are_named(estimator, month, sensor, context):
+    month()
+    with pytest.raises(AirflowFailException, match="lacks the scores_column score"):
+        sensor(scores_column="score").execute(context)
+
+
+def shifted_to(root, month, first):
+    """A month's predictions, moved to the month that begins with ``first``."""
+    month()
+    frame = pd.read_parquet(root / "predictions.parquet")
+    frame["event_timestamp"] += pd.Timestamp(first, tz="UTC") - pd.Timestamp("2013-04-01", tz="UTC")
+    return frame
+
+
+@pytest.mark.parametrize("kept", ["asset", "file"])
+def test_a_loss_that_has_risen_is_found_over_the_windows(champion, month, sensor, root, kept):
+    """A rise too small for one month's test to show, and the same month again changes nothing."""
+    more = {"asset_state_store": AssetStore()} if kept == "asset" else {}
+    loose = {"alpha": 1e-9, "epsilon": 0.2, "calibration_tolerance": 0.5, "excess_epsilon": 0.5}
+    made = {"loss_test": {"epsilon": 0.01, "label_delay": "1d"}, "harm_policy": loose, "on_stable": "proceed"}
+    found = []
+    for of in (4, 5, 6):
+        frame = shifted_to(root, month, f"2013-{of:02}-01")
+        p = frame["champion"]
+        frame.assign(champion=p**4 / (p**4 + (1 - p) ** 4)).to_parquet(root / "predictions.parquet")
+        result = sensor(**made).execute(of_month(of, **more))
+        again = sensor(**made).execute(of_month(of, **more))
+        assert again == result
+        found.append(result)
+    looks = [result["sequential"]["looks"] for result in found]
+    assert looks == sorted(looks) and looks[0] >= 25 and looks[2] > looks[1] > looks[0]
+    assert found[0]["harm"]["verdict"] == "stable" and found[2]["sequential"]["verdict"] == "harm"
+    assert (found[2]["verdict"], found[2]["retrain"]) == ("harm", True)
+    assert any(reason.startswith("harm: over all windows, ") for reason in found[2]["reasons"])
+    assert (root / "reports" / "flights_delay-1.losses.json").exists() == (kept == "file")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"loss_test": {"epsilonn": 1}}, "unknown field"),
+        ({"loss_test": {"state": {}}}, "unknown field"),
+        ({"loss_test": {"label_delay": "soon"}}, "label_delay is 'soon'"),
+        ({"loss_test": {"alpha": 2}}, "alpha is 2"),
+        ({"loss_test": {"alpha": 0.01}, "predictions_uri": None, "retrain_on": ["drift"]}, "needs predictions_uri"),
+    ],
+)
+def test_a_wrong_loss_test_is_refused(champion, month, sensor, context, kwargs, message):
+    month()
+    with pytest.raises(AirflowFailException, match=message):
+        sensor(**kwargs).execute(context)

@@ -15,7 +15,7 @@ GIVEN = {"current_uri": "/nowhere", "model_name": "late", "report_dir": "/nowher
 def test_all_but_switches_is_templated():
     parameters = inspect.signature(DriftSensor.__init__).parameters.values()
     own = {given.name for given in parameters if given.kind is given.KEYWORD_ONLY}
-    assert own - set(DriftSensor.template_fields) == {"mlflow_conn_id", "evidently", "deferrable"}
+    assert own - set(DriftSensor.template_fields) == {"mlflow_conn_id", "ray_conn_id", "evidently", "deferrable"}
 
 
 def test_templates_render_at_every_depth():
@@ -35,8 +35,8 @@ def test_templates_render_at_every_depth():
         ({"retrain_on": "harm"}, "retrain_on is 'harm'; expected a list"),
         ({"retrain_on": "[]"}, "expected a list of harm, drift or both"),
         ({"retrain_on": ["harm", "loss"]}, "expected a list of harm, drift or both"),
-        ({"engine": "spark"}, "engine is 'spark'; expected profile or evidently"),
-        ({"engine_options": {"drift_share": 0.2}}, "engine_options are for engine='evidently'"),
+        ({"engine": "spark"}, "engine is 'spark'; expected profile or ray or evidently"),
+        ({"engine_options": {"drift_share": 0.2}}, "engine_options are for engine='ray' or 'evidently'"),
         ({"hysteresis": {"cool": 1}}, "unknown field"),
         ({"hysteresis": "{'cooldown': 'soon'}"}, "cooldown is 'soon'"),
     ],

@@ -1,0 +1,32 @@
+"""``python -m airflow_mlops.drift SPEC``: the profile of a dataset, built on the Ray cluster that this runs on.
+
+``SPEC`` is JSON with ``uri``, ``columns``, ``categorical``, ``num_cpus`` and ``output``, the URI that gets the JSON of
+the profile, or ``{"error": ...}`` where the data cannot be profiled.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from airflow_mlops import storage
+from airflow_mlops.drift.profile import Profile
+from airflow_mlops.exceptions import InvalidInputError
+
+
+def main(arguments: Sequence[str], build: Callable[..., Profile]) -> int:
+    """Do what ``arguments`` say with ``build``; the exit code."""
+    spec = json.loads(arguments[0])
+    output = spec.pop("output")
+    try:
+        storage.write_json(output, build(spec.pop("uri"), **spec).to_json())
+    except InvalidInputError as error:
+        storage.write_json(output, {"error": str(error)})
+    return 0
+
+
+if __name__ == "__main__":
+    from airflow_mlops.drift.distributed import profile_on_ray
+
+    sys.exit(main(sys.argv[1:], profile_on_ray))
