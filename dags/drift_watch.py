@@ -114,6 +114,10 @@ with DAG(
         policy={"calendar_columns": list(CALENDAR_BOUND)},
         harm_policy=HARM,
         report_dir=f"{WATCHED}/reports",
+        # However the evidence swings: at most one training in four weeks, and six in a year, start from here. What was
+        # granted is kept in the asset's state store.
+        inlets=[Asset("flights_delay_champion")],
+        hysteresis={"cooldown": "28d", "rearm_after": "28d", "budget_per_window": 6, "window": "52w"},
         doc_md="Writes the report that `drift_watch` waits for.",
     )
     apply = FeastApplyOperator(task_id="apply", repo_path=REPOSITORY, doc_md="Registers the feature views.")

@@ -138,10 +138,12 @@ def _sequential(
     batch = window.start.isoformat()
 
     def step(state: Mapping[str, Any] | None) -> tuple[LossVerdict, dict[str, Any]]:
-        again = state is not None and state["batch"] == batch
-        before = None if state is None else state["before"] if again else state["test"]
+        before = None if state is None else state["before"] if state["batch"] == batch else state["test"]
         test = fresh if before is None else LossTest.from_json(before)
         verdict, after = test.update(frame["event_timestamp"], losses, matured_until=window.end - delay, batch=batch)
+        if state is not None and batch < state["batch"]:
+            # Its days have been judged; a backfill out of order finds what is known and adds nothing.
+            return verdict, dict(state)
         return verdict, {"batch": batch, "before": before, "test": after.to_json()}
 
     name = re.sub(r"[^\w.+-]", "_", f"{champion.name}-{champion.version}")

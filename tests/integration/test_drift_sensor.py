@@ -661,6 +661,9 @@ def test_a_loss_that_has_risen_is_found_over_the_windows(champion, month, sensor
     assert (found[2]["verdict"], found[2]["retrain"]) == ("harm", True)
     assert any(reason.startswith("harm: over all windows, ") for reason in found[2]["reasons"])
     assert (root / "reports" / "flights_delay-1.losses.json").exists() == (kept == "file")
+    late = sensor(**made).execute(of_month(4, **more))
+    assert late["sequential"]["looks"] == looks[2], "an earlier window adds nothing"
+    assert sensor(**made).execute(of_month(6, **more)) == found[2], "and leaves the newest as it was"
 
 
 @pytest.mark.parametrize(
