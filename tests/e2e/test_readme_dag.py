@@ -61,7 +61,7 @@ def customers(rows: int, first_day: str, days: int, seed: int) -> Any:
 @pytest.fixture(scope="module")
 def block() -> str:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    found = [text for text in blocks if "DriftSensor(" in text]
+    found = [text for text in blocks if "with DAG(" in text]
     assert len(found) == 1, "the README has no longer exactly one Dag"
     return found[0]
 
