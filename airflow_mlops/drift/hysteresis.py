@@ -65,7 +65,8 @@ class Hysteresis:
     :param budget_per_window: most trainings within any ``window``; None for no limit
     :param window: length of the budget's window
     :param rearm_after: arm again after so long without a score below ``disarm``; None for never. Evidence against
-        another model than the one that was granted a training arms it anyway
+        another model than the one that was granted a training arms it anyway; where a gate can turn the challenger
+        down, so that the champion stays, give a time after which another may be trained
 
     Spans are :class:`datetime.timedelta`, seconds, or text such as ``"12h"``, ``"30d"``, ``"4w"``.
     """
