@@ -46,7 +46,7 @@ clean: ## stop what the demo left running and remove what it wrote
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m airflow_mlops.embedded.demo --root $(DEMO) --clean; else rm -rf $(DEMO); fi
 
 test: $(VENV)/.dev-installed lint ## lint, types, import contracts, all tests
-	@$(BIN)/python -m pytest tests --durations=15
+	@$(BIN)/python -m pytest tests --numprocesses=2 --dist=loadgroup --durations=15
 
 test-fast: $(VENV)/.dev-installed ## the unit tests
 	@$(BIN)/python -m pytest tests/unit
