@@ -26,14 +26,6 @@ os.environ.update(
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts servers of its own runs one after the other, on one of pytest-xdist's workers."""
-    for item in items:
-        parts = item.path.parts
-        if "e2e" in parts or ("integration" in parts and "kube" not in parts):
-            item.add_marker(pytest.mark.xdist_group("servers"))
-
-
 @pytest.fixture
 def s3(monkeypatch) -> Iterator[Any]:
     """A boto3 client of an S3 with the bucket ``runs``; the environment leads every other client there too."""
