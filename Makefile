@@ -13,6 +13,9 @@ export DO_NOT_TRACK = 1
 # Without bytecode every process compiles what it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
 
+# What starts no servers of its own runs beside what does.
+QUICK := tests/unit tests/integration/kube
+
 .PHONY: demo ui clean test test-fast test-k8s lint format bench dist help
 
 help: ## the targets
@@ -46,7 +49,10 @@ clean: ## stop what the demo left running and remove what it wrote
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m airflow_mlops.embedded.demo --root $(DEMO) --clean; else rm -rf $(DEMO); fi
 
 test: $(VENV)/.dev-installed lint ## lint, types, import contracts, all tests
-	@$(BIN)/python -m pytest tests --durations=15
+	@beside=$$(mktemp); $(BIN)/python -m pytest $(QUICK) --durations=5 > $$beside 2>&1 & other=$$!; \
+	trap 'kill $$other 2>/dev/null; rm -f $$beside' EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/python -m pytest tests/e2e tests/integration --ignore=tests/integration/kube --durations=15; slow=$$?; \
+	echo "$(QUICK), meanwhile:"; wait $$other; quick=$$?; cat $$beside; exit $$((slow || quick))
 
 test-fast: $(VENV)/.dev-installed ## the unit tests
 	@$(BIN)/python -m pytest tests/unit

@@ -165,9 +165,10 @@ class KubeRayRunner:
 
     def close(self, spec: TrainingSpec, failed: bool) -> None:
         """Delete what nobody needs any more; its GPUs are free at once, not when the RayJob's TTL is over."""
-        if failed and self._keep:
-            return
         try:
+            # What is kept to be looked at has ended; nothing is kept running.
+            if failed and self._keep and self.peek(spec).status in FINAL:
+                return
             self.cancel(spec)
         except MlopsError as error:
             log.warning("RayJob %s stays until its TTL is over: %s", submission_id_of(spec), error)

@@ -67,7 +67,11 @@ def attempt_of(loop: Any) -> int:
 def checkpoint_of(loop: Any) -> str | None:
     """April's last committed checkpoint."""
     file = loop.run_dirs("2013-04")[0] / "checkpoint_manager_snapshot.json"
-    return json.loads(file.read_text())["latest_checkpoint_result"]["checkpoint_dir_name"] if file.exists() else None
+    while file.exists():
+        # Ray writes it in place, and may be about to.
+        with contextlib.suppress(ValueError):
+            return json.loads(file.read_text())["latest_checkpoint_result"]["checkpoint_dir_name"]
+    return None
 
 
 def finished(loop: Any) -> bool:

@@ -326,7 +326,7 @@ def test_a_scheduler_that_does_not_act_is_noticed_though_the_pods_start_at_once(
     kuberay.script = hangs
     cluster = {"gang": {"scheduler": "volcano", "queue": "team"}}
     with pytest.raises(AirflowFailException, match="volcano does not act on the RayJob"):
-        run(operator(tmp_path, deferrable=deferrable, cluster=cluster), Task())
+        run(operator(tmp_path, deferrable=deferrable, cluster=cluster, keep_on_failure=True), Task())
     assert left(kube_api) == []
 
 
@@ -365,3 +365,11 @@ def test_a_misspelt_function_is_found_before_anything_is_created(kuberay, kube_a
     with pytest.raises(AirflowFailException, match=r"torch_loop\.py has no 'train_lop_per_worker'"):
         run(operator(tmp_path, train_fn=train_fn), Task())
     assert not [found for found in kube_api.requests if found[0] == "POST"]
+
+
+def test_what_has_failed_can_be_kept_to_be_looked_at(kuberay, kube_api, tmp_path):
+    kuberay.script = fails
+    with pytest.raises(TrainingError):
+        run(operator(tmp_path, keep_on_failure=True, cluster={"ttl_after_finished": 10_000}), Task())
+    (rayjob,) = kube_api.list("RayJob")
+    assert "deletionTimestamp" not in rayjob["metadata"] and kube_api.list("Pod")
