@@ -54,19 +54,18 @@ class RayServeClient:
         # The second one passes proxies that take the first for themselves.
         names = ("Authorization", "X-Ray-Authorization") if self.token else ()
         headers = {name: f"Bearer {self.token}" for name in names}
-        timeout = aiohttp.ClientTimeout(total=self._timeout)
-        connector = aiohttp.TCPConnector(ssl=self._ssl)
-        self._session = aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector)
+        self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(ssl=self._ssl))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def _call(self, method: str, url: str, body: Any = None) -> Any:
+    async def _call(self, method: str, url: str, body: Any = None, timeout: float | None = None) -> Any:
         import aiohttp
 
+        limit = aiohttp.ClientTimeout(total=self._timeout if timeout is None else timeout)
         try:
-            async with self._session.request(method, url, json=body) as response:
+            async with self._session.request(method, url, json=body, timeout=limit) as response:
                 text = await response.text()
                 status = response.status
                 if status == 200:
@@ -105,8 +104,11 @@ class RayServeClient:
             )
         return found
 
-    async def put_application(self, config: Mapping[str, Any]) -> None:
-        """Create or change one application, the others staying as they are."""
+    async def put_application(self, config: Mapping[str, Any], timeout: float | None = None) -> None:
+        """Create or change one application, the others staying as they are.
+
+        :param timeout: seconds; the first application of a cluster also waits until Serve itself has started
+        """
         from urllib.parse import urlsplit
 
         current = await self.serve()
@@ -124,7 +126,7 @@ class RayServeClient:
         }
         if current.get("grpc_options"):
             body["grpc_options"] = current["grpc_options"]
-        await self._call("PUT", self.dashboard_url + APPLICATIONS, body)
+        await self._call("PUT", self.dashboard_url + APPLICATIONS, body, timeout)
 
     async def state(self, route: str) -> dict[str, Any]:
         """What the route's router reports: weights, slots, counters, rollout."""
@@ -200,7 +202,8 @@ class Route:
                     {"name": "slot_a", "user_config": first},
                     {"name": "slot_b", "user_config": {"version": None, "uri": None, "revision": 0}},
                 ],
-            }
+            },
+            self.startup_timeout,
         )
         return await self.until(lambda state: self._loaded(state, "a", first), self.startup_timeout, "deployed")
 

@@ -40,6 +40,7 @@ class FakeServe:
         self.traffic = 200
         self.sent = 0
         self.lag = 0.0
+        self.start = 0.0
 
     def lose(self) -> None:
         """What a new head knows of an old one: nothing."""
@@ -48,6 +49,7 @@ class FakeServe:
     async def applications(self, request: web.Request) -> web.Response:
         if request.method == "PUT":
             wanted = {config["name"]: config for config in (await request.json())["applications"]}
+            await asyncio.sleep(0.0 if self.configs else self.start)
             self.configs = wanted
             for name, config in wanted.items():
                 assert config["import_path"] == IMPORT_PATH
@@ -99,7 +101,7 @@ async def serve():
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
-    async with RayServeClient(url, url) as client:
+    async with RayServeClient(url, url, timeout=2.0) as client:
         yield SimpleNamespace(fake=fake, route=Route(client, "m", load_timeout=20, startup_timeout=20))
     await runner.cleanup()
 
@@ -188,6 +190,11 @@ async def test_a_verdict_holds_before_the_next_rollout_begins_however_late_serve
     first = replace(SPEC, owner="dag/task/first/-1", version="1", stable_version="", stable_uri="")
     assert (await run_rollout(serve.route, first))["verdict"] == "PROMOTE"
     assert (await serve.route.state())["owner"] is None
+    assert (await run_rollout(serve.route, SPEC))["verdict"] == "PROMOTE"
+
+
+async def test_a_serve_that_is_slow_to_start_is_waited_for(serve):
+    serve.fake.start = 3.0
     assert (await run_rollout(serve.route, SPEC))["verdict"] == "PROMOTE"
 
 
