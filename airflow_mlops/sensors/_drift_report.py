@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 15
 # Evidently draws two charts a column: a hundred columns are 10 MB of page and as many seconds.
-_PAGE_COLUMNS = 20
+PAGE_COLUMNS = 20
 
 
 def small(report: Mapping[str, Any], drift: DriftReport | None, harm: HarmReport | None) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def write_page(log: Any, uri: str, reference: Profile, found: Found, source: str
     """Write Evidently's page to ``uri``, on the columns that differ most; None when there is none."""
     from airflow_mlops.drift import Profile, page
 
-    shown = [column.name for column in found.report.columns][:_PAGE_COLUMNS]
+    shown = [column.name for column in found.report.columns][:PAGE_COLUMNS]
 
     def most_different(profile: Profile) -> Profile:
         return Profile(profile.rows, {name: profile.columns[name] for name in shown if name in profile.columns})

@@ -27,7 +27,7 @@ from airflow_mlops.embedded.ray_head import RayHead
 from airflow_mlops.embedded.stack import Stack, load_secrets
 from airflow_mlops.examples.flights import CALENDAR_BOUND, HARM
 from airflow_mlops.examples.flights.source import month_window
-from airflow_mlops.sensors.drift import _PAGE_COLUMNS
+from airflow_mlops.sensors._drift_report import PAGE_COLUMNS
 
 HERE = Path(__file__).resolve().parents[2]
 DAG = HERE / "dags" / "continuous_training.py"
@@ -150,7 +150,7 @@ def _job(stack: Stack, root: Path) -> dict[str, Any]:
         "champion_dir": trained["model_uri"],
         "profile": version.tags["mlops.profile_uri"].removeprefix("file://"),
         "loss_reference": version.tags["mlops.loss_reference_uri"].removeprefix("file://"),
-        "page_columns": _PAGE_COLUMNS,
+        "page_columns": PAGE_COLUMNS,
         "rounds": 150,
         "num_workers": 2,
         "gate": _argument("ModelGateOperator", "policy"),
