@@ -190,8 +190,7 @@ def _drift_and_loss(months: Sequence[MonthSummary]) -> str:
     labels = [_label(month.month) for month in months]
     frozen = [month.frozen.log_loss if month.frozen else None for month in months]
     first = next((loss for loss in frozen if loss is not None), None)
-    drifted = [float(len(month.columns)) if month.champion else None for month in months]
-    # The sensor's list of drifted columns ends at fifteen.
+    drifted = [float(_drifted(month)) if month.champion else None for month in months]
     counted = charts.bars("drifted columns", labels, drifted, colour="rate")
     loss = charts.lines("log loss of the frozen model", labels, {"frozen": frozen})
     rows = []
@@ -202,7 +201,7 @@ def _drift_and_loss(months: Sequence[MonthSummary]) -> str:
         tests = ((month.ledger.get("drift") or {}).get("harm") or {}).get("tests") or {}
         own = (tests.get("log_loss") or {}).get("change")
         cells = [
-            (month.month, ""), (_chip(month.verdict), ""), (str(len(month.columns)), "n"), (_number(value), "n"),
+            (month.month, ""), (_chip(month.verdict), ""), (str(_drifted(month)), "n"), (_number(value), "n"),
             (_signed(change), "n"), (_signed(own), "n"), (escape(", ".join(month.columns)) or "–", ""),
         ]  # fmt: skip
         rows.append("<tr>" + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells) + "</tr>")
@@ -217,10 +216,15 @@ def _drift_and_loss(months: Sequence[MonthSummary]) -> str:
     )
 
 
+def _drifted(month: MonthSummary) -> int:
+    """How many columns drifted; the list of them ends at fifteen."""
+    return int((month.ledger.get("drift") or {}).get("drifted", len(month.columns)))
+
+
 def _telling(months: Sequence[MonthSummary]) -> str:
     """Whether months with more drifted columns were months of more loss for the frozen model, in words."""
     known = [
-        (len(month.columns), month.frozen.log_loss)
+        (_drifted(month), month.frozen.log_loss)
         for month in months
         if month.champion and month.frozen and month.frozen.log_loss is not None
     ]

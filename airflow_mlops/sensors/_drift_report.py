@@ -29,6 +29,7 @@ def small(report: Mapping[str, Any], drift: DriftReport | None, harm: HarmReport
         **{key: report[key] for key in kept},
         "reasons": report["reasons"][:_SHOWN],
         "columns": columns_of(drift, "drift")[:_SHOWN],
+        "drifted": len(columns_of(drift, "drift")),
         "calendar_columns": columns_of(drift, "calendar")[:_SHOWN],
         "broken_columns": columns_of(drift, "broken")[:_SHOWN],
         "compared": len(drift.columns) if drift else 0,

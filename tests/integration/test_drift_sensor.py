@@ -152,6 +152,7 @@ def test_drift_without_harm_is_evidence_unless_asked_for(champion, month, sensor
     month(shift=2.0)
     result = sensor(on_stable="proceed").execute(context)
     assert (result["verdict"], result["retrain"], result["columns"]) == ("drift", False, ["temp", "delay"])
+    assert result["drifted"] == 2
     result = sensor(retrain_on=["harm", "drift"]).execute(context)
     assert (result["verdict"], result["retrain"]) == ("drift", True)
     result = sensor(retrain_on=["drift"], predictions_uri=None).execute(context)
