@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ _PARQUET, _CSV = (".parquet", ".pq"), (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _READ_ERRORS = (pa.ArrowException, OSError, EOFError)
 
 
-class Unit:
+class Unit(ABC):
     """A part of a dataset that is read by itself."""
 
     #: How errors call it.
@@ -31,9 +32,9 @@ class Unit:
     schema: pa.Schema
     rows: int | None = None
 
+    @abstractmethod
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """The rows, the given columns of them."""
-        raise NotImplementedError
 
     def arrays(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Array]]:
         """Pairs of a column's name and some of its values, in any order; the given columns, all of them present."""
