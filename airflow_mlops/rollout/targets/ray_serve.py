@@ -96,7 +96,7 @@ def _scorer(model: Any) -> tuple[Any, dict[str, Any]]:
     dtypes = {column.name: column.type.to_pandas() for column in schema} if schema and schema.has_input_names() else {}
     try:
         raw = model.get_raw_model()
-    except Exception:
+    except NotImplementedError:  # a flavor that wraps none
         raw = None
     call = raw.predict_proba if hasattr(raw, "predict_proba") else model.predict
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -38,3 +40,19 @@ def test_a_model_in_a_format_of_its_own_is_loaded(slot, tmp_path):
     slot.reconfigure({"version": "2", "uri": path})
     assert slot.describe() == {"version": "2", "uri": path, "revision": 0, "ready": True, "error": None}
     assert 0 < slot.predict([{"x": 0.5}])[0] < 1
+
+
+def test_a_model_whose_probabilities_cannot_be_had_is_not_asked_for_its_labels():
+    class Broken:
+        metadata = SimpleNamespace(get_input_schema=lambda: None)
+
+        def get_raw_model(self):
+            raise RuntimeError("the booster is damaged")
+
+        def predict(self, frame):
+            return [1] * len(frame)
+
+    from airflow_mlops.rollout.targets.ray_serve import _scorer
+
+    with pytest.raises(RuntimeError, match="the booster is damaged"):
+        _scorer(Broken())
