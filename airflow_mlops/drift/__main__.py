@@ -1,7 +1,7 @@
 """``python -m airflow_mlops.drift SPEC``: the profile of a dataset, built on the Ray cluster that this runs on.
 
-``SPEC`` is JSON with ``uri``, ``columns``, ``categorical``, ``num_cpus`` and ``output``, the URI that gets the JSON of
-the profile, or ``{"error": ...}`` where the data cannot be profiled.
+``SPEC`` is JSON with ``uri``, ``columns``, ``categorical``, ``num_cpus``, ``job`` and ``output``, the URI that gets
+``{"job", "profile"}``, or ``{"job", "error"}`` where the data cannot be profiled.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from airflow_mlops import storage
 from airflow_mlops.drift.profile import Profile
@@ -18,11 +19,12 @@ from airflow_mlops.exceptions import InvalidInputError
 def main(arguments: Sequence[str], build: Callable[..., Profile]) -> int:
     """Do what ``arguments`` say with ``build``; the exit code."""
     spec = json.loads(arguments[0])
-    output = spec.pop("output")
+    output, job = spec.pop("output"), spec.pop("job")
     try:
-        storage.write_json(output, build(spec.pop("uri"), **spec).to_json())
+        found: dict[str, Any] = {"profile": build(spec.pop("uri"), **spec).to_json()}
     except InvalidInputError as error:
-        storage.write_json(output, {"error": str(error)})
+        found = {"error": str(error)}
+    storage.write_json(output, {"job": job, **found})
     return 0
 
 

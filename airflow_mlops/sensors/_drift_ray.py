@@ -26,8 +26,9 @@ def profile_by_job(
 ) -> Profile:  # fmt: skip
     """Profile ``uri`` on the cluster of a ``ray`` connection, by Ray Data.
 
-    The job's name follows from ``output``, so that a try after a lost worker goes on with the job of the one before.
-    A task that is killed, or runs out of time, stops its job.
+    The job's name follows from what is asked for, so that a try after a lost worker goes on with the job of the one
+    before. A task that is killed, or runs out of time, stops its job. What an earlier job has left is not taken for
+    this one's.
 
     :param output: where the job leaves the profile; workers of Ray and of Airflow must both reach it, and ``uri``
     :param options: ``num_cpus`` of each of its tasks, the job's ``runtime_env``, ``poll_interval`` in seconds
@@ -42,8 +43,9 @@ def profile_by_job(
     hook = RayJobsHook(ray_conn_id)
     spec: dict[str, Any] = {"uri": uri, "columns": list(columns), "categorical": list(categorical), "output": output}
     spec["num_cpus"] = float(options.get("num_cpus", 1))
-    name = _current(hook, f"mlops-drift-{hashlib.sha256(output.encode()).hexdigest()[:16]}")
-    entrypoint = f"python -m airflow_mlops.drift {shlex.quote(json.dumps(spec))}"
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+    name = _current(hook, f"mlops-drift-{digest}")
+    entrypoint = f"python -m airflow_mlops.drift {shlex.quote(json.dumps({**spec, 'job': name}))}"
     if hook.submit(name, entrypoint, runtime_env=dict(options.get("runtime_env") or {})):
         log.info("submitted %s", name)
     try:
@@ -59,16 +61,17 @@ def profile_by_job(
         raise
     if job.status != "SUCCEEDED":
         raise ExternalSystemError(f"the job {name} has {job.status}: {job.message}\n{_end_of_log(hook, name)}")
-    try:
+    found: dict[str, Any] = {}
+    with suppress(FileNotFoundError):
         found = storage.read_json(output)
-    except FileNotFoundError:
+    if found.get("job") != name:
         raise ExternalSystemError(
             f"the job {name} left nothing that can be seen at {output}; report_dir must be storage that Ray's workers "
             "and Airflow's share"
-        ) from None
+        )
     if "error" in found:
         raise DataError(found["error"])
-    return Profile.from_json(found)
+    return Profile.from_json(found["profile"])
 
 
 def _current(hook: Any, base: str) -> str:

@@ -67,6 +67,18 @@ def test_a_check_that_is_done_again_is_a_job_of_its_own(ask, cluster):
     assert [job["submission_id"][-2:] for job in cluster.submitted] == ["-0", "-1"]
 
 
+def test_what_an_earlier_job_has_left_is_not_taken_for_this_ones(ask, cluster):
+    ask()
+    cluster.play = lambda body: {"status": "SUCCEEDED"}
+    with pytest.raises(ExternalSystemError, match="left nothing that can be seen"):
+        ask()
+
+
+def test_another_question_is_another_job(ask, cluster):
+    ask(), ask(columns=["a"])
+    assert len({job["submission_id"][:-2] for job in cluster.submitted}) == 2
+
+
 class KilledError(BaseException):
     """What a task is ended with."""
 
@@ -123,5 +135,6 @@ def test_options_that_there_are_not_are_refused(ask):
 
 def test_the_spec_is_json(tmp_path):
     spec = {"uri": str(tmp_path / "none"), "columns": ["a"], "categorical": [], "num_cpus": 0.5}
-    assert main([json.dumps({**spec, "output": str(tmp_path / "o.json")})], build) == 0
-    assert "none" in json.loads((tmp_path / "o.json").read_text())["error"]
+    assert main([json.dumps({**spec, "job": "j-0", "output": str(tmp_path / "o.json")})], build) == 0
+    left = json.loads((tmp_path / "o.json").read_text())
+    assert left["job"] == "j-0" and "none" in left["error"]
