@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError, RegistryError
+from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError, RegistryError
 from airflow_mlops.hooks.mlflow import MlflowHook, alias_tag
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail
@@ -47,7 +47,8 @@ class MlflowRegisterOperator(MlflowBaseOperator):
 
     The version's tags: ``mlops.run_key``, ``mlops.window_start``, ``mlops.window_end``, ``mlops.dataset_uri``,
     ``mlops.dataset_md5``, ``mlops.profile_uri`` (profile of the training set), ``mlops.loss_reference_uri`` (losses on
-    the gate's hold-out), ``mlops.gate``, ``mlops.gate_uri``, and those given.
+    the gate's hold-out), ``mlops.performance_uri`` (what estimates its performance without labels, where the hold-out
+    has enough rows), ``mlops.gate``, ``mlops.gate_uri``, and those given.
 
     :param model_name: registered model (templated)
     :param training: the result of ``RayTrainOperator``: ``run_key``, ``model_uri``, ``metrics``, seconds (templated)
@@ -65,7 +66,7 @@ class MlflowRegisterOperator(MlflowBaseOperator):
     :param window_end: first instant after it (templated)
     :param tags: further tags of the version (templated)
     :param experiment: MLflow experiment; None for the model's name (templated)
-    :param evidence_uri: folder for the profile and the loss reference; None for the run's artifacts. Needed where
+    :param evidence_uri: folder for profile, loss reference and estimator; None for the run's artifacts. Needed where
         only the MLflow server can read artifacts (templated)
     :param alias: set on the version, unless a later version has it; None for none (templated)
     :param mlflow_conn_id: connection of type ``mlflow``
@@ -233,7 +234,9 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             found["profile"] = Profile.of(source, columns=columns, categorical=categorical).to_json()
             self._log_dataset(run, papers, found["profile"]["digest"])
         if not is_blank(predictions):
-            found["loss_reference"] = _loss_reference(str(predictions))
+            held_out = _held_out(str(predictions))
+            found["loss_reference"] = _loss_reference(held_out)
+            found |= self._performance(held_out)
         if is_blank(self.evidence_uri):
             folder = join(run.info.artifact_uri, "evidence")
         else:
@@ -244,6 +247,19 @@ class MlflowRegisterOperator(MlflowBaseOperator):
                 "folder that every worker can read"
             )
         return {f"mlops.{name}_uri": write_json(join(folder, f"{name}.json"), item) for name, item in found.items()}
+
+    def _performance(self, held_out: Any) -> dict[str, Any]:
+        """The estimator of performance without labels; a hold-out that cannot carry one costs only that."""
+        from airflow_mlops.drift.performance import CalibratedEstimate
+
+        try:
+            estimator = CalibratedEstimate.fit(held_out["challenger"].to_numpy(), held_out["label"].to_numpy())
+        except DataError as error:
+            self.log.warning("no estimator of performance without labels is kept: %s", error)
+            return {}
+        for warning in estimator.warnings:
+            self.log.warning("performance without labels: %s", warning)
+        return {"performance": estimator.to_json()}
 
     def _log_dataset(self, run: Any, papers: _Papers, digest: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -280,14 +296,21 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             self.hook.client.set_registered_model_alias(self.model_name, self.alias, version.version)
 
 
-def _loss_reference(predictions_uri: str) -> Any:
+def _held_out(predictions_uri: str) -> Any:
+    """The gate's predictions in the order of time."""
+    import pandas as pd
+
+    frame = pd.read_parquet(predictions_uri, columns=["event_timestamp", "label", "challenger"])
+    return frame.sort_values("event_timestamp", kind="stable")
+
+
+def _loss_reference(held_out: Any) -> Any:
     import pandas as pd
 
     from airflow_mlops.drift.harm import LossReference
 
-    frame = pd.read_parquet(predictions_uri, columns=["event_timestamp", "label", "challenger"])
-    day = pd.to_datetime(frame["event_timestamp"], utc=True).dt.strftime("%Y-%m-%d")
-    return LossReference.of(frame["label"].to_numpy(), frame["challenger"].to_numpy(), day.to_numpy()).to_json()
+    day = pd.to_datetime(held_out["event_timestamp"], utc=True).dt.strftime("%Y-%m-%d")
+    return LossReference.of(held_out["label"].to_numpy(), held_out["challenger"].to_numpy(), day.to_numpy()).to_json()
 
 
 def _file_name(key: str) -> str:
