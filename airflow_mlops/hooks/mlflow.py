@@ -400,6 +400,17 @@ class MlflowHook(BaseHook):
                 return min(found, key=lambda run: (run.info.start_time, run.info.run_id))
             return self.client.create_run(experiment_id, run_name=name, tags={**tags, "mlops.run_key": key})
 
+    def run_url(self, experiment: str, run_id: str) -> str | None:
+        """A run's address in MLflow's web interface, without user and password; None where the store is no server."""
+        from urllib.parse import urlsplit
+
+        url = urlsplit(self.tracking_uri)
+        if url.scheme not in ("http", "https"):
+            return None
+        place = url.netloc.rpartition("@")[2]
+        path = url.path.rstrip("/")
+        return f"{url.scheme}://{place}{path}/#/experiments/{self.experiment_id(experiment)}/runs/{run_id}"
+
     @staticmethod
     def _unreachable(error: Exception) -> ExternalSystemError:
         return ExternalSystemError(f"MLflow answered with an error: {str(error).splitlines()[0][:500]}")

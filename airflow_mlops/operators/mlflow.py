@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError, RegistryError
-from airflow_mlops.hooks.mlflow import MlflowHook, alias_tag
+from airflow_mlops.operators._alias import compare_and_set, move_alias
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail
 from airflow_mlops.storage import join, read_bytes, write_json
@@ -376,7 +376,9 @@ class MlflowPromoteOperator(MlflowBaseOperator):
                     f"{self.model_name} version {version} was rolled back; delete its tag {ROLLED_BACK!r} to allow it"
                 )
             with self.hook.lease(self.model_name):
-                changed = self._compare_and_set(version, expected)
+                changed = compare_and_set(
+                    self.hook, self.model_name, self.alias, version, expected, previous_alias=self.previous_alias
+                )
             result = {
                 "name": self.model_name,
                 "version": version,
@@ -388,40 +390,6 @@ class MlflowPromoteOperator(MlflowBaseOperator):
             for asset in self.outlets or ():
                 context["outlet_events"][asset].extra = dict(result)
             return result
-
-    def _compare_and_set(self, version: str, expected: str | None) -> bool:
-        holder = self.hook.version_by_alias(self.model_name, self.alias, missing_ok=True)
-        current = None if holder is None else str(holder.version)
-        if current == version:
-            # An earlier try may have died before it left the record that tells a lost champion from none.
-            self.hook.client.set_registered_model_tag(self.model_name, alias_tag(self.alias), version)
-            return False
-        if current != expected:
-            raise ConcurrentChangeError(
-                f"{self.alias} of {self.model_name} is version {current or 'none'}, but this promotion was decided "
-                f"against {expected or 'none'}; somebody else moved it. Run the gate again against the new champion."
-            )
-        move_alias(self.hook, self.model_name, self.alias, version, keep=(self.previous_alias, expected))
-        return True
-
-
-def move_alias(hook: MlflowHook, name: str, alias: str, version: str, keep: tuple[str, str | None]) -> None:
-    """Point ``alias`` to ``version`` and check that it stayed; ``keep`` is the alias and version to go back to.
-
-    :raises ConcurrentChangeError: it was moved elsewhere at once
-    """
-    previous_alias, previous = keep
-    if previous is not None:
-        # First, so that a task that dies in between leaves a way back.
-        hook.client.set_registered_model_alias(name, previous_alias, previous)
-    hook.client.set_registered_model_alias(name, alias, version)
-    hook.client.set_registered_model_tag(name, alias_tag(alias), version)
-    holder = hook.version_by_alias(name, alias)
-    if holder is None or str(holder.version) != version:
-        raise ConcurrentChangeError(
-            f"{alias} of {name} was set to {version} and is {holder.version if holder else 'gone'}: somebody moves it "
-            "by other means; look at the registry before you clear this task"
-        )
 
 
 class MlflowRollbackOperator(MlflowBaseOperator):
