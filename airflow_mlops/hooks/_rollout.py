@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlops.hooks.prometheus import PrometheusHook
 from airflow_mlops.hooks.ray_serve import RayServeHook
 
 if TYPE_CHECKING:
@@ -21,32 +22,33 @@ class RolloutPlace:
     """A target and a source of evidence as small JSON, for a trigger.
 
     :param target: ``kind`` (``ray_serve``, ``kserve``, ``gateway``) and the arguments of that target
-    :param evidence: ``kind`` (``target``, ``prometheus``, ``logs``) and the arguments of that source
+    :param evidence: see :func:`airflow_mlops.rollout.sources.source_of`; None: what the target itself counts
     :param ray_conn_id: connection of type ``ray``, for Ray Serve
     :param kubernetes_conn_id: connection of type ``kuberay`` or ``kubernetes``, for KServe and the Gateway API
-    :param prometheus_conn_id: connection of type ``prometheus``
     """
 
     target: Mapping[str, Any]
-    evidence: Mapping[str, Any] = field(default_factory=lambda: {"kind": "target"})
+    evidence: Mapping[str, Any] | str | None = None
     ray_conn_id: str = RayServeHook.default_conn_name
     kubernetes_conn_id: str = "kuberay_default"
-    prometheus_conn_id: str = "prometheus_default"
 
     def to_json(self) -> dict[str, Any]:
         """Plain Python types."""
         return asdict(self)
 
     @asynccontextmanager
-    async def open(self, *, worker: bool) -> AsyncIterator[tuple[Target, EvidenceSource]]:
+    async def open(
+        self, metrics: Iterable[str] | None = None, *, worker: bool
+    ) -> AsyncIterator[tuple[Target, EvidenceSource]]:
         """Both, for as long as the context lasts.
 
+        :param metrics: names that the guardrails read; None: all there are
         :param worker: whether a task's process asks, where connections are read as ever; a triggerer's event loop
             must not wait for them
         """
         async with AsyncExitStack() as stack:
             target = await self._target(stack, worker)
-            yield target, await self._source(stack, worker)
+            yield target, await self._source(metrics, worker)
 
     async def _target(self, stack: AsyncExitStack, worker: bool) -> Target:
         arguments = dict(self.target)
@@ -58,5 +60,17 @@ class RolloutPlace:
             return Route(await stack.enter_async_context(client), **arguments)
         raise NotImplementedError
 
-    async def _source(self, stack: AsyncExitStack, worker: bool) -> EvidenceSource:
-        raise NotImplementedError
+    async def _source(self, metrics: Iterable[str] | None, worker: bool) -> EvidenceSource:
+        from airflow_mlops.rollout.sources.config import connection_of, source_of
+
+        prometheus = None
+        if conn_id := connection_of(self.evidence):
+            hook = PrometheusHook(conn_id)
+            prometheus = hook.get_conn() if worker else await hook.aget_conn()
+        return source_of(
+            self.evidence,
+            name=str(self.target.get("name") or ""),
+            namespace=self.target.get("namespace"),
+            metrics=metrics,
+            prometheus=prometheus,
+        )

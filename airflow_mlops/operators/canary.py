@@ -74,12 +74,12 @@ class CanaryPromoteOperator(BaseOperator):
         ``latency``, ``log_loss``, ``brier``, ``score``); errors and latency by default (templated)
     :param target: where traffic is split: ``{"kind": "kserve" | "gateway", ...}``, see
         :mod:`airflow_mlops.rollout.targets.factory`; None for Ray Serve with the arguments below (templated)
-    :param evidence: where the numbers come from: ``{"kind": "prometheus" | "logs", ...}``, see
-        :mod:`airflow_mlops.rollout.sources`; None for what the target itself counts (templated)
+    :param evidence: where the numbers come from: ``{"type": "prometheus" | "prediction_log", ...}`` or the name of a
+        query set such as ``knative``, see :func:`airflow_mlops.rollout.sources.source_of`; None for what the target
+        itself counts (templated)
     :param route: name of the Serve application and first part of the path, ``model_name`` if blank (templated)
     :param ray_conn_id: connection of type ``ray``
     :param kubernetes_conn_id: connection of type ``kuberay`` or ``kubernetes``
-    :param prometheus_conn_id: connection of type ``prometheus``
     :param serve_url: address of Serve's HTTP proxy, instead of the connection's extra ``serve_url`` (templated)
     :param poll_interval: seconds between looks
     :param ttl: seconds without a look after which the target goes back to the champion, at least three looks
@@ -137,11 +137,10 @@ class CanaryPromoteOperator(BaseOperator):
         policy: Any = None,
         guardrails: Any = None,
         target: Mapping[str, Any] | None = None,
-        evidence: Mapping[str, Any] | None = None,
+        evidence: Mapping[str, Any] | str | None = None,
         route: str | None = None,
         ray_conn_id: str = RayServeHook.default_conn_name,
         kubernetes_conn_id: str = "kuberay_default",
-        prometheus_conn_id: str = "prometheus_default",
         serve_url: str | None = None,
         poll_interval: float = 5.0,
         ttl: float = 60.0,
@@ -174,7 +173,6 @@ class CanaryPromoteOperator(BaseOperator):
         self.route = route
         self.ray_conn_id = ray_conn_id
         self.kubernetes_conn_id = kubernetes_conn_id
-        self.prometheus_conn_id = prometheus_conn_id
         self.serve_url = serve_url
         self.poll_interval = poll_interval
         self.ttl = ttl
@@ -251,7 +249,7 @@ class CanaryPromoteOperator(BaseOperator):
         hands = Hands(
             on_look=LookLog(self.log.info), ask=asker.answer, keep=lambda annotation: _store(context, annotation)
         )
-        async with place.open(worker=True) as (target, source):
+        async with place.open(spec.metrics, worker=True) as (target, source):
             champion = self._champion()
             result = await run_rollout(target, source, spec, hands, before=before, finishing=champion is None)
             return await self._settle(target, spec, result) if champion else result
@@ -309,10 +307,9 @@ class CanaryPromoteOperator(BaseOperator):
     def _place(self) -> RolloutPlace:
         return RolloutPlace(
             target=_structure(self.target, "target") or self._ray_serve(),
-            evidence=_structure(self.evidence, "evidence") or {"kind": "target"},
+            evidence=_evidence(self.evidence),
             ray_conn_id=self.ray_conn_id,
             kubernetes_conn_id=self.kubernetes_conn_id,
-            prometheus_conn_id=self.prometheus_conn_id,
         )
 
     def _ray_serve(self) -> dict[str, Any]:
@@ -412,3 +409,9 @@ def _structure(value: Any, name: str) -> Any:
         raise InvalidInputError(
             f"{name} is the text {value!r}; expected a dictionary or list, or one as JSON"
         ) from None
+
+
+def _evidence(value: Any) -> Any:
+    """A source's configuration, or the name of a query set."""
+    text = value.strip() if isinstance(value, str) else ""
+    return text if text and text[0] not in "{[" and not is_blank(text) else _structure(value, "evidence")

@@ -74,7 +74,7 @@ class CanaryTrigger(BaseTrigger):
         hands = Hands(on_look=LookLog(self.log.info), ask=self._ask, keep=kept.update)
         try:
             spec = RolloutSpec.from_json(self.spec)
-            async with RolloutPlace(**self.place).open(worker=False) as (target, source):
+            async with RolloutPlace(**self.place).open(spec.metrics, worker=False) as (target, source):
                 result = await run_rollout(target, source, spec, hands, before=self.before, finishing=self.finishing)
         except _PersonWantedError as wanted:
             verdict = wanted.verdict
