@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlops.hooks.prometheus import PrometheusHook
+from airflow_mlops.hooks.prometheus import aevidence_source, evidence_source
 from airflow_mlops.hooks.ray_serve import RayServeHook
 
 if TYPE_CHECKING:
@@ -61,16 +61,11 @@ class RolloutPlace:
         raise NotImplementedError
 
     async def _source(self, metrics: Iterable[str] | None, worker: bool) -> EvidenceSource:
-        from airflow_mlops.rollout.sources.config import connection_of, source_of
-
-        prometheus = None
-        if conn_id := connection_of(self.evidence):
-            hook = PrometheusHook(conn_id)
-            prometheus = hook.get_conn() if worker else await hook.aget_conn()
-        return source_of(
-            self.evidence,
-            name=str(self.target.get("name") or ""),
-            namespace=self.target.get("namespace"),
-            metrics=metrics,
-            prometheus=prometheus,
-        )
+        context = {
+            "name": str(self.target.get("name") or ""),
+            "namespace": self.target.get("namespace"),
+            "metrics": metrics,
+        }
+        if worker:
+            return evidence_source(self.evidence, **context)
+        return await aevidence_source(self.evidence, **context)
