@@ -299,7 +299,7 @@ class MlflowHook(BaseHook):
         from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
-        location = self._artifact_location(uri)
+        location = self.artifact_location(uri)
         if is_local(location):
             path = local_path(location)
             if not os.path.isdir(path):
@@ -311,7 +311,30 @@ class MlflowHook(BaseHook):
             except MlflowException as error:
                 raise self._unreachable(error) from error
 
-    def _artifact_location(self, uri: str) -> str:
+    def mlmodel(self, uri: str) -> dict[str, Any]:
+        """What the ``MLmodel`` file of the model at ``uri`` says, without the rest of the model.
+
+        :raises RegistryError: no such model, version or alias
+        :raises InvalidInputError: no such file is stored there
+        """
+        import yaml
+        from mlflow.artifacts import load_text
+        from mlflow.exceptions import MlflowException
+
+        location = self.artifact_location(uri)
+        try:
+            with self.session():
+                return yaml.safe_load(load_text(f"{location.rstrip('/')}/MLmodel"))
+        except (MlflowException, OSError) as error:
+            raise InvalidInputError(
+                f"there is no MLmodel file at {location} (from {uri!r}): {error}; give the folder of an MLflow model"
+            ) from error
+
+    def artifact_location(self, uri: str) -> str:
+        """Where the model at ``uri`` lies: ``models:/`` and ``runs:/`` resolved, anything else as it is.
+
+        :raises RegistryError: no such model, version or alias
+        """
         if uri.startswith("models:/"):
             name, version = self.resolve(uri)
             if version is None:

@@ -15,7 +15,7 @@ from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
-from airflow_mlops.hooks._rollout import RAY_SERVE, RolloutPlace
+from airflow_mlops.hooks._rollout import RAY_SERVE, RolloutPlace, servables_of
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.hooks.ray_serve import RayServeHook
 from airflow_mlops.links import MlflowRunLink, ReportLink
@@ -305,8 +305,14 @@ class CanaryPromoteOperator(BaseOperator):
         )
 
     def _place(self) -> RolloutPlace:
+        target = _structure(self.target, "target") or self._ray_serve()
+        models = {
+            _text(self.version): _text(self.model_uri),
+            _text(self.stable_version): _text(self.stable_uri),
+        }
         return RolloutPlace(
-            target=_structure(self.target, "target") or self._ray_serve(),
+            target=target,
+            servables=servables_of(self._mlflow(), target, models),
             evidence=_evidence(self.evidence),
             ray_conn_id=self.ray_conn_id,
             kubernetes_conn_id=self.kubernetes_conn_id,
