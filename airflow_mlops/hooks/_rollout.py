@@ -71,8 +71,8 @@ class RolloutPlace:
         async def resolve(version: str, uri: str) -> Servable:
             return known[version]
 
-        client = await stack.enter_async_context(CustomResourceHook(self.kubernetes_conn_id))
-        return target_of(self.target, client, resolver=resolve if known else None)
+        cluster = await stack.enter_async_context(CustomResourceHook(self.kubernetes_conn_id))
+        return target_of(self.target, cluster, resolver=resolve if known else None)
 
     async def _source(self, metrics: Iterable[str] | None, worker: bool) -> EvidenceSource:
         context = {

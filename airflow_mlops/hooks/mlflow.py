@@ -226,6 +226,11 @@ class MlflowHook(BaseHook):
         versions = sorted(int(known.version) for known in self._versions(f"name={_quoted(name)}"))
         raise RegistryError(f"{name} has no version {version}; it has {versions[-5:] if versions else 'none'}")
 
+    def newest_version(self, name: str) -> Any | None:
+        """The ``ModelVersion`` with the highest number; None when the model has none."""
+        found = self._versions(f"name = {_quoted(name)}")
+        return max(found, key=lambda version: int(version.version), default=None)
+
     def versions_tagged(self, name: str, tag: str, value: str) -> list[Any]:
         """The versions of ``name`` whose tag is ``value``, oldest first."""
         found = self._versions(f"name={_quoted(name)} and tags.`{tag}`={_quoted(value)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
-from airflow_mlops.hooks._rollout import RAY_SERVE, RolloutPlace, servables_of
+from airflow_mlops.hooks._rollout import RolloutPlace, servables_of
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.hooks.ray_serve import RayServeHook
 from airflow_mlops.links import MlflowRunLink, ReportLink
@@ -30,6 +29,7 @@ from airflow_mlops.operators._canary import (
     write_report,
 )
 from airflow_mlops.operators._mlflow import task_key
+from airflow_mlops.operators._rollout import evidence, ray_serve_target, structure, text
 from airflow_mlops.shell import is_blank, permanent_errors_fail, push_result
 from airflow_mlops.storage import join
 from airflow_mlops.triggers.canary import CanaryTrigger
@@ -297,44 +297,34 @@ class CanaryPromoteOperator(BaseOperator):
             return None
         return ChampionAlias(
             self._mlflow(),
-            _text(self.model_name),
+            text(self.model_name),
             str(self.alias),
-            _text(self.previous_alias),
-            _text(self.version),
-            _text(self.stable_version) or None,
+            text(self.previous_alias),
+            text(self.version),
+            text(self.stable_version) or None,
         )
 
     def _place(self) -> RolloutPlace:
-        target = _structure(self.target, "target") or self._ray_serve()
+        target = structure(self.target, "target") or ray_serve_target(
+            text(self.route) or text(self.model_name),
+            self.serve_url,
+            runtime_env=self.runtime_env,
+            tracking_uri=self.mlflow_tracking_uri,
+            options=self.serve_options,
+            startup_timeout=self.startup_timeout,
+            load_timeout=self.load_timeout,
+        )
         models = {
-            _text(self.version): _text(self.model_uri),
-            _text(self.stable_version): _text(self.stable_uri),
+            text(self.version): text(self.model_uri),
+            text(self.stable_version): text(self.stable_uri),
         }
         return RolloutPlace(
             target=target,
             servables=servables_of(self._mlflow(), target, models),
-            evidence=_evidence(self.evidence),
+            evidence=evidence(self.evidence),
             ray_conn_id=self.ray_conn_id,
             kubernetes_conn_id=self.kubernetes_conn_id,
         )
-
-    def _ray_serve(self) -> dict[str, Any]:
-        name = self.route or self.model_name
-        if not name or not all(part.isalnum() for part in name.replace("-", "_").split("_") if part):
-            raise InvalidInputError(f"the route is {name!r}; expected letters, digits, - and _")
-        environment = dict(self.runtime_env or {})
-        if self.mlflow_tracking_uri:
-            variables = {"MLFLOW_TRACKING_URI": self.mlflow_tracking_uri, **environment.get("env_vars", {})}
-            environment["env_vars"] = variables
-        return {
-            "kind": RAY_SERVE,
-            "name": name,
-            "serve_url": self.serve_url or None,
-            "runtime_env": environment,
-            "options": dict(self.serve_options or {}),
-            "startup_timeout": self.startup_timeout,
-            "load_timeout": self.load_timeout,
-        }
 
     def _spec(self, context: Context) -> RolloutSpec:
         from airflow_mlops.rollout.policy import RolloutPolicy, parse_guardrails
@@ -344,14 +334,14 @@ class CanaryPromoteOperator(BaseOperator):
             raise InvalidInputError(f"on_rollback is {self.on_rollback!r}; expected one of {', '.join(ON_ROLLBACK)}")
         ti = context["ti"]
         return RolloutSpec(
-            model=_text(self.model_name),
-            version=_text(self.version),
-            uri=_text(self.model_uri),
-            stable_version=_text(self.stable_version),
-            stable_uri=_text(self.stable_uri),
+            model=text(self.model_name),
+            version=text(self.version),
+            uri=text(self.model_uri),
+            stable_version=text(self.stable_version),
+            stable_uri=text(self.stable_uri),
             owner="/".join(str(part) for part in (ti.dag_id, ti.task_id, ti.run_id, getattr(ti, "map_index", -1))),
-            policy=RolloutPolicy.from_json(_structure(self.policy, "policy")),
-            guardrails=parse_guardrails(_structure(self.guardrails, "guardrails")),
+            policy=RolloutPolicy.from_json(structure(self.policy, "policy")),
+            guardrails=parse_guardrails(structure(self.guardrails, "guardrails")),
             poll_interval=float(self.poll_interval),
             ttl=float(self.ttl),
             attempt=int(getattr(ti, "try_number", 1)),
@@ -398,26 +388,3 @@ def _store(context: Context, annotation: Mapping[str, Any] | None) -> None:
     if store is not None and annotation:
         # The history stays on the target: the store is for small values.
         store.set(STATE, {key: value for key, value in annotation.items() if key != "history"})
-
-
-def _text(value: Any) -> str:
-    """A templated value as text; what Jinja renders for nothing is nothing."""
-    return "" if value in (None, "None", "null") else str(value).strip()
-
-
-def _structure(value: Any, name: str) -> Any:
-    """A templated dictionary or list, which Jinja may have rendered as JSON text; blank is ``None``."""
-    if not isinstance(value, str):
-        return value or None
-    try:
-        return json.loads(value) if _text(value) else None
-    except ValueError:
-        raise InvalidInputError(
-            f"{name} is the text {value!r}; expected a dictionary or list, or one as JSON"
-        ) from None
-
-
-def _evidence(value: Any) -> Any:
-    """A source's configuration, or the name of a query set."""
-    text = value.strip() if isinstance(value, str) else ""
-    return text if text and text[0] not in "{[" and not is_blank(text) else _structure(value, "evidence")

@@ -427,13 +427,7 @@ class MlflowRollbackOperator(MlflowBaseOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail(), self.hook.lease(self.model_name):
             client, name, key = self.hook.client, self.model_name, task_key(context)
-            begun = self.hook.versions_tagged(name, ROLLED_BACK, key)
-            if begun:
-                bad, good = str(begun[0].version), begun[0].tags["mlops.rolled_back_to"]
-            else:
-                bad, good = self._plan()
-                client.set_model_version_tag(name, bad, "mlops.rolled_back_to", good)
-                client.set_model_version_tag(name, bad, ROLLED_BACK, key)
+            bad, good = self._decided(key)
             champion = self.hook.version_by_alias(name, self.alias)
             current = None if champion is None else str(champion.version)
             changed = current == bad
@@ -447,6 +441,17 @@ class MlflowRollbackOperator(MlflowBaseOperator):
             for asset in self.outlets or ():
                 context["outlet_events"][asset].extra = {"name": name, "version": good, "rolled_back": bad}
             return {"name": name, "version": good, "rolled_back": bad, "alias": self.alias, "changed": changed}
+
+    def _decided(self, key: str) -> tuple[str, str]:
+        """The version to leave and the one to return to, on record from here on; the caller holds the lease."""
+        client, name = self.hook.client, self.model_name
+        begun = self.hook.versions_tagged(name, ROLLED_BACK, key)
+        if begun:
+            return str(begun[0].version), begun[0].tags["mlops.rolled_back_to"]
+        bad, good = self._plan()
+        client.set_model_version_tag(name, bad, "mlops.rolled_back_to", good)
+        client.set_model_version_tag(name, bad, ROLLED_BACK, key)
+        return bad, good
 
     def _plan(self) -> tuple[str, str]:
         """The version to leave and the one to return to."""

@@ -307,3 +307,23 @@ async def abort(target: Target, spec: RolloutSpec) -> bool:
         return False
     await target.roll_back(spec.owner, {})
     return True
+
+
+async def go_back(target: Target, version: str, uri: str, owner: str, ttl: float) -> bool:
+    """Give all traffic to a version that served before; ``False`` when it has it already.
+
+    :param owner: who does so; a rollout that is under way refuses it
+    :param ttl: seconds that it may take before others may act
+    :raises ConcurrentChangeError: a rollout holds the target
+    """
+    state = await target.state()
+    if state is not None and (state.stable, state.weight) == (version, 0):
+        return False
+    if state is None:
+        await target.deploy(version, uri)
+        return True
+    await target.claim(owner, ttl)
+    if state.stable != version:
+        await target.restore(version, uri)
+    await target.roll_back(owner, {})
+    return True
