@@ -66,12 +66,16 @@ def get_provider_info() -> dict[str, Any]:
             "triggers", {"Ray": ["ray"], "KubeRay": ["kuberay"], "Evidently": ["drift"], "Ray Serve": ["canary"]}
         ),
         "task-decorators": [{"name": "ray_train", "class-name": "airflow_mlops.decorators.ray.ray_train_task"}],
-        "notifications": ["airflow_mlops.notifications.drift.DriftNotifier"],
+        "notifications": [
+            "airflow_mlops.notifications.drift.DriftNotifier",
+            "airflow_mlops.notifications.rollout.RolloutNotifier",
+        ],
         "extra-links": [
             "airflow_mlops.links.RayDashboardLink",
             "airflow_mlops.links.GrafanaLink",
             "airflow_mlops.links.MlflowRunLink",
             "airflow_mlops.links.ReportLink",
+            "airflow_mlops.links.RolloutReportLink",
         ],
         "connection-types": [
             {

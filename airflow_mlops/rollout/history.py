@@ -10,6 +10,8 @@ from airflow_mlops.rollout.judge import Verdict
 #: Numbers of a guardrail's account that a look keeps, the first pair that there is.
 EVIDENCE = (("e_harm", "e_ok"), ("worse_by_at_least", "worse_by_at_most"))
 _MOST = 120
+#: Decisions that a rollout may repeat look after look.
+_WAITING = ("HOLD", "APPROVE")
 
 
 class History:
@@ -18,8 +20,8 @@ class History:
     Looks that decide something are kept.
 
     :param every: how many looks one kept look stands for
-    :param looks: ``[time, weight, decision, {guardrail: [status, stable, canary, one, other]}]``, where one and other
-        are the numbers that :data:`EVIDENCE` names
+    :param looks: ``[time, weight, decision, {guardrail: [status, stable, canary, one, other]}, [stable, canary]]``,
+        where one and other are the numbers that :data:`EVIDENCE` names, and the last are the arms' requests so far
     """
 
     def __init__(self, every: int = 1, looks: list[list[Any]] | None = None) -> None:
@@ -28,13 +30,13 @@ class History:
 
     def add(self, now: float, verdict: Verdict) -> None:
         """Take in one look at ``now``, seconds since the epoch."""
-        if verdict.decision == "HOLD" and verdict.look % self.every:
+        if verdict.decision in _WAITING and verdict.look % self.every:
             return
-        self.looks.append([round(now, 2), verdict.weight, verdict.decision, _numbers(verdict)])
+        self.looks.append([round(now, 2), verdict.weight, verdict.decision, _numbers(verdict), _requests(verdict)])
         if len(self.looks) > _MOST:
             self.every *= 2
-            decided = [look for look in self.looks if look[2] != "HOLD"]
-            held = [look for look in self.looks if look[2] == "HOLD"][::2]
+            decided = [look for look in self.looks if look[2] not in _WAITING]
+            held = [look for look in self.looks if look[2] in _WAITING][::2]
             self.looks = sorted(decided[-_MOST // 2 :] + held, key=lambda look: look[0])
 
     def to_json(self) -> dict[str, Any]:
@@ -45,6 +47,10 @@ class History:
     def from_json(cls, value: Mapping[str, Any] | None) -> History:
         """Inverse of :meth:`to_json`; empty for None."""
         return cls(int(value["every"]), [list(look) for look in value["looks"]]) if value else cls()
+
+
+def _requests(verdict: Verdict) -> list[int | None]:
+    return [verdict.requests.get(arm) for arm in ("stable", "canary")]
 
 
 def _numbers(verdict: Verdict) -> dict[str, list[Any]]:
