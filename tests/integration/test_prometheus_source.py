@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.hooks.prometheus import PrometheusHook
+from airflow_mlops.rollout.judge import PROMOTE, ROLLBACK, Judge
+from airflow_mlops.rollout.policy import RolloutPolicy
 from airflow_mlops.rollout.sources import PrometheusSource
 from airflow_mlops.rollout.sources.prometheus_api import PrometheusApi
 from airflow_mlops.rollout.sources.query_sets import QUERY_SETS, queries_of
@@ -38,6 +42,7 @@ model_requests_total{{code="200"}} {requests - errors}
 model_requests_total{{code="500"}} {errors}
 # TYPE model_latency_seconds histogram
 model_latency_seconds_bucket{{le="0.1"}} {fast}
+model_latency_seconds_bucket{{le="0.2"}} {fast}
 model_latency_seconds_bucket{{le="1"}} {requests}
 model_latency_seconds_bucket{{le="+Inf"}} {requests}
 model_latency_seconds_sum {0.05 * fast + 0.5 * slow}
@@ -122,7 +127,10 @@ E_PODS = [f"envoy-default-gateway-e41e7b31-7f9c-{end}" for end in ("aaaaa", "bbb
 EXPECTED = {
     "kserve": (
         {"namespace": "ml"},
-        {"flights-v1-predictor-7d9c6b5f4-2xk8p": (600, None, 600), "flights-v1-predictor-7d9c6b5f4-9qwzt": (400, None, 400)},
+        {
+            "flights-v1-predictor-7d9c6b5f4-2xk8p": (600, None, 600),
+            "flights-v1-predictor-7d9c6b5f4-9qwzt": (400, None, 400),
+        },
         {"flights-v2-predictor-66f7d8c9b-lm4nd": (100, None, 100)},
     ),
     "knative": (
@@ -167,7 +175,11 @@ async def test_a_built_in_set_reads_both_arms_from_the_text_of_its_system(server
     await reader.check(state(), time.time())
     for arm, expected in ((seen.stable, stable), (seen.canary, canary)):
         got = {
-            replica: (each["counts"]["requests"], each["counts"].get("errors"), sum(each["histograms"]["latency"]["counts"]))
+            replica: (
+                each["counts"]["requests"],
+                each["counts"].get("errors"),
+                sum(each["histograms"]["latency"]["counts"]),
+            )
             for replica, each in arm.items()
         }
         assert got == expected
@@ -182,7 +194,9 @@ async def test_a_built_in_set_reads_both_arms_from_the_text_of_its_system(server
 async def test_istio_counts_what_never_reached_a_pod_when_the_caller_reports(server):
     reader = source(server, base="istio", name="flights", namespace="ml", labels={"reporter": "source"})
     seen = await look(reader)
-    assert {pod: each["counts"]["errors"] for pod, each in seen.canary.items()} == {"istio-ingressgateway-6d8f-zzzzz": 7}
+    assert {pod: each["counts"]["errors"] for pod, each in seen.canary.items()} == {
+        "istio-ingressgateway-6d8f-zzzzz": 7
+    }
 
 
 async def test_counters_go_on_and_a_restart_shows_as_smaller_numbers(server):
@@ -196,13 +210,13 @@ async def test_counters_go_on_and_a_restart_shows_as_smaller_numbers(server):
         pod: {"requests": 100, "errors": 1} for pod in ("c-1", "c-2")
     }
     assert first.canary["c-1"]["moments"]["value"] == [100, 200, 500]
-    assert first.canary["c-1"]["histograms"]["latency"] == {"edges": [0.1, 1.0], "counts": [100, 0, 0]}
+    assert first.canary["c-1"]["histograms"]["latency"] == {"edges": [0.1, 0.2, 1.0], "counts": [100, 0, 0, 0]}
     pods["c-1"].text = pod_text(250, 5, slow=30)
     pods["c-2"].text = pod_text(7, 0)
     await scraped()
     second = await look(reader)
     assert second.canary["c-1"]["counts"] == {"requests": 250, "errors": 5}
-    assert second.canary["c-1"]["histograms"]["latency"]["counts"] == [220, 30, 0]
+    assert second.canary["c-1"]["histograms"]["latency"]["counts"] == [220, 0, 30, 0]
     assert second.canary["c-2"]["counts"] == {"requests": 7, "errors": 0}
     n, total, squares = second.canary["c-1"]["moments"]["latency"]
     assert (n, total) == (250, pytest.approx(26.0)) and squares == pytest.approx(220 * 0.01 + 30 * 1.0)
@@ -242,12 +256,15 @@ async def test_a_dead_pod_is_missing_at_once_and_an_old_sample_is_stale(server):
 BAD = {
     "several series": (
         {"errors": 'sum by (pod, code) (model_requests_total{version="{version}"})'},
-        r"'errors' gives several series for the stable arm of replica 's-1': they differ in code.*sum by \(pod\)",
+        r"'errors' gives several series for the stable arm of replica 's-[12]': they differ in code.*sum by \(pod\)",
     ),
     "unknown metric": ({"errors": 'model_failures_total{version="{version}"}'}, "no series at all"),
     "a ratio": ({"errors": 'model_share{version="{version}"}'}, "0.25, which is no count"),
     "no PromQL": ({"errors": 'sum by (pod (model_requests_total{version="{version}"})'}, "parse error"),
-    "no le": ({"latency": 'sum by (pod) (model_latency_seconds_bucket{version="{version}"})'}, "has no label le; keep it"),
+    "no le": (
+        {"latency": 'sum by (pod) (model_latency_seconds_bucket{version="{version}"})'},
+        "has no label le; keep it",
+    ),
     "arms not told apart": ({"errors": 'sum by (pod) (model_requests_total{code="500"})'}, "does not tell the arms"),
 }
 
@@ -287,6 +304,71 @@ async def test_of_the_metrics_only_those_that_guardrails_read_are_asked_for(serv
     assert seen.problem is None and set(seen.canary["c-1"]) >= {"counts"} and not seen.canary["c-1"]["histograms"]
     with pytest.raises(InvalidInputError, match="no query is known for the metric log_loss"):
         source(server, queries, metrics=["log_loss"])
+
+
+class Traffic:
+    """Two pods an arm, each with counters of its own; requests follow the weight."""
+
+    def __init__(self, pods, *, errors=(0.01, 0.01), slow=(0.02, 0.02), seed=1):
+        self.pods, self.errors, self.slow = pods, errors, slow
+        self.rng = np.random.default_rng(seed)
+        self.totals = {pod: np.zeros(3, int) for pod in ("s-1", "s-2", "c-1", "c-2")}
+
+    def serve(self, weight, requests=20_000):
+        canary = int(self.rng.binomial(requests, weight / 100))
+        for arm, (prefix, n) in enumerate((("s", requests - canary), ("c", canary))):
+            first = int(self.rng.binomial(n, 0.5))
+            for pod, share in ((f"{prefix}-1", first), (f"{prefix}-2", n - first)):
+                failed, slow = self.rng.binomial(share, (self.errors[arm], self.slow[arm]))
+                self.totals[pod] += np.array([share, failed, slow])
+        self.show()
+
+    def restart(self, pod):
+        self.totals[pod] = np.zeros(3, int)
+
+    def show(self):
+        for pod, (requests, failed, slow) in self.totals.items():
+            self.pods[pod].text = pod_text(int(requests), int(failed), slow=int(slow))
+
+
+async def judged(server, traffic, looks=14, restart_at=None):
+    """The last verdict of a rollout whose evidence comes through Prometheus, and all observations."""
+    policy = RolloutPolicy(steps=(20, 50, 100), min_requests=1000, deadline_seconds=3600)
+    judge = Judge(policy, ["errors", "latency"])
+    reader = source(server, QUERIES, metrics=["errors", "latency"])
+    traffic.show()
+    seen = []
+    for index in range(looks):
+        if index == restart_at:
+            traffic.restart("c-2")
+        traffic.serve(judge.weight)
+        await asyncio.sleep(2.5 * INTERVAL)
+        weight = float(judge.weight)
+        seen.append(await reader.observe(state(epoch=f"at {weight}", weight=weight), time.time()))
+        verdict = judge.observe(seen[-1])
+        assert len(json.dumps(judge.state())) < 32_000
+        if verdict.final:
+            return verdict, seen
+    return verdict, seen
+
+
+async def test_an_equal_canary_is_promoted_though_one_of_its_pods_restarts(server):
+    verdict, seen = await judged(server, Traffic(server[1]), looks=24, restart_at=3)
+    assert verdict.decision == PROMOTE, verdict
+    counts = [each.canary["c-2"]["counts"]["requests"] for each in seen if each.canary]
+    assert any(after < before for before, after in itertools.pairwise(counts))
+    assert {account["status"] for account in verdict.guardrails.values()} == {"ok"}
+    # What was judged is what was served, but for the first reading of each step and the restart.
+    assert 0 < verdict.requests["canary"] <= 20_000 * 24
+
+
+@pytest.mark.parametrize(
+    ("worse", "guardrail"), [({"errors": (0.01, 0.04)}, "errors"), ({"slow": (0.02, 0.3)}, "latency")]
+)
+async def test_a_failing_or_slow_canary_is_rolled_back(server, worse, guardrail):
+    verdict, _ = await judged(server, Traffic(server[1], **worse))
+    assert verdict.decision == ROLLBACK and verdict.guardrails[guardrail]["status"] == "harm", verdict
+    assert f"{guardrail}: the canary is worse" in verdict.reasons[0]
 
 
 def test_the_connection_is_tested_against_a_real_server(server, monkeypatch):
