@@ -35,12 +35,14 @@ def histogram_of(cumulative: Mapping[str, float], scale: float, what: str) -> di
 
     :raises Unusable: no +Inf bucket, an edge that is no number, or counts that fall
     """
+    if set(cumulative) == {""}:
+        raise Unusable(f"{what} has no label le; keep it: sum by (le, ...) of the _bucket series", permanent=True)
     try:
         rising = sorted((float(edge), value) for edge, value in cumulative.items())
     except ValueError:
         raise Unusable(f"{what} has the bucket edges {sorted(cumulative)}", permanent=True) from None
     if not rising or rising[-1][0] != math.inf:
-        raise Unusable(f"{what} has no bucket le=+Inf; query the _bucket series and keep le", permanent=True)
+        raise Unusable(f"{what} has no bucket le=+Inf; query all of the _bucket series", permanent=True)
     counts = [count_of(value, f"{what}, bucket le={edge:g}") for edge, value in rising]
     each = [b - a for a, b in zip([0, *counts], counts)]
     if min(each) < 0:
