@@ -1,8 +1,8 @@
 """What serves models in a cluster, for tests: KServe's controllers in both modes, Knative, a Gateway.
 
 One :meth:`Serving.step` reconciles everything once, so that a test's own waiting is what lets time pass. The rules are
-those of KServe's sources: ``createKnativeService`` and ``PropagateStatus`` (with what they do to a split of one revision
-over itself), ``applyCanaryWeights``, and that an InferenceService's annotations go into the pods.
+those of KServe's sources: ``createKnativeService`` and ``PropagateStatus`` (with what they do to a revision's split over
+itself), ``applyCanaryWeights``, and that an InferenceService's annotations go into the pods.
 """
 
 from __future__ import annotations
@@ -222,10 +222,18 @@ class Serving:
                 now["latestRolledoutRevision"] = now["previousRolledoutRevision"]
         return now
 
-    def _conditions(self, up: bool, failed: bool) -> list[Object]:
+    def _conditions(self, up: bool, failed: bool, routed: bool = True) -> list[Object]:
         state = "True" if up else "False" if failed else "Unknown"
         reason = {} if up else {"reason": "RevisionFailed" if failed else "Deploying", "message": "pods are not ready"}
-        return [{"type": kind, "status": state, **reason} for kind in ("PredictorReady", "IngressReady", "Ready")]
+        ingress = {"status": "True"} if routed else {"status": "False", "reason": "HttpRouteNotReady"}
+        return [
+            {"type": "PredictorReady", "status": state, **reason},
+            {"type": "IngressReady", **ingress},
+            {"type": "Ready", **({"status": state, **reason} if routed else ingress)},
+        ]
+
+    def _routed(self, name: str) -> bool:
+        return not self.gateway_api or name in self._accepted
 
     def _put(self, isvc: Object, status: Object) -> None:
         now = self.api.get("InferenceService", isvc["metadata"]["namespace"], isvc["metadata"]["name"])
@@ -273,7 +281,7 @@ class Serving:
         status = {
             "deploymentMode": "Standard",
             "components": {"predictor": {}},
-            "conditions": self._conditions(up, self._failed(there[stable.name])),
+            "conditions": self._conditions(up, self._failed(there[stable.name]), self._routed(name)),
             "modelStatus": self._model_status(there[stable.name]),
             **({"canaryStatuses": statuses} if statuses else {}),
         }
@@ -388,7 +396,7 @@ class MemoryClient:
         except ApiError as error:
             from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError
 
-            raise (ConcurrentChangeError if error.code in (404, 409) else InvalidInputError)(error.message) from error
+            raise (ConcurrentChangeError if error.status in (404, 409) else InvalidInputError)(error.message) from error
         finally:
             self.kill(number, True)
 

@@ -109,7 +109,7 @@ class KubernetesTarget(ABC):
 
     async def _crown(self, claim: Claim) -> Books:
         """The canary has all traffic; make it the stable one and return the books of that."""
-        return replace(claim.books, stable=claim.books.canary, leftover=claim.books.stable)
+        return replace(claim.books, stable=claim.books.canary, canary=None, leftover=claim.books.stable)
 
     async def _withdraw(self, claim: Claim) -> None:
         """The canary has no traffic; take it back as far as nothing would serve it by accident."""
@@ -224,6 +224,9 @@ class KubernetesTarget(ABC):
     async def promote(self, annotation: Mapping[str, Any]) -> None:
         """Make the canary stable with all traffic and free the claim; the old version stays warm until the next one."""
         claim = await self.lease.read()
+        if claim.holder is None and claim.rollout == annotation and claim.books.canary is None:
+            # The answer to an earlier call was lost.
+            return
         self._refuse(claim, annotation)
         if claim.books.canary is not None:
             if self.watchdog is not None and claim.books.weight < 100:
@@ -239,6 +242,8 @@ class KubernetesTarget(ABC):
         claim = await self.lease.read()
         claim.refuse_others(owner, self._clock())
         claim.refuse_earlier(owner, annotation or claim.rollout)
+        if claim.finished:
+            return
         claim = await self._to_nothing(claim)
         books = _settled(claim.books)
         if claim.books.canary is not None:

@@ -218,7 +218,7 @@ class KServeKnative(_KServe):
         spec, component = isvc["spec"]["predictor"], _component(isvc)
         percents = _percents(isvc)
         epoch = f"{isvc['metadata'].get('generation')}:{sorted(percents.items())}"
-        writer = last_writer(isvc, "predictor")
+        writer = last_writer(isvc, "predictor", PERCENT)
         if books.stable is None:
             return Reading(0.0, None, version_of(spec), epoch=epoch, writer=writer)
         stable = str(books.stable.get("revision"))
@@ -417,6 +417,20 @@ class KServeStandard(_KServe):
             "the name of the predictor's Service",
         )
 
+    async def _serves_all(self, isvc: Object) -> tuple[bool, str, str | None]:
+        route = await self._route()
+        if route is None:
+            raise self._no_route()
+        problem = route_problem(route)
+        return problem is None, problem or "", None
+
+    def _no_route(self) -> InvalidInputError:
+        return InvalidInputError(
+            f"there is no HTTPRoute {self.name}, so KServe does not use the Gateway API for InferenceService "
+            f"{self.name} and cannot split traffic in Standard mode; set enableGatewayApi in KServe's "
+            "inferenceservice-config, or give this target fallback='http_route' with a gateway"
+        )
+
     async def _route(self) -> Object | None:
         return await self.client.aget(HTTPROUTE, self.name, namespace=self.namespace)
 
@@ -490,11 +504,7 @@ class KServeStandard(_KServe):
             there = isvc["spec"]["predictor"]
             stable = {"version": version_of(there), "uri": "", "name": there.get("name") or ""}
         if await self._route() is None:
-            raise InvalidInputError(
-                f"there is no HTTPRoute {self.name}, so KServe does not use the Gateway API for InferenceService "
-                f"{self.name} and cannot split traffic in Standard mode; set enableGatewayApi in KServe's "
-                "inferenceservice-config, or give this target fallback='http_route' with a gateway"
-            )
+            raise self._no_route()
         name = name_part(version)
         arm: Arm = {"version": version, "uri": uri, "name": name}
         entered = stable

@@ -116,17 +116,21 @@ def seconds_of(text: str | None) -> float:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
-def last_writer(obj: Mapping[str, Any], field: str) -> str:
-    """Who changed a top-level field of ``spec`` last, as the server recorded it."""
+def last_writer(obj: Mapping[str, Any], *path: str) -> str:
+    """Who changed that part of ``spec`` last, as the server recorded it."""
+    entries = [each for each in obj["metadata"].get("managedFields") or () if each.get("subresource") != "status"]
+    for depth in range(len(path), 0, -1):
+        if owners := [each for each in entries if _owns(each, path[:depth])]:
+            last = max(reversed(owners), key=lambda entry: str(entry.get("time")))
+            return f"{last.get('manager') or 'somebody'} ({last.get('operation')}, {last.get('time')})"
+    return "somebody (the server did not record who)"
 
-    def owns(entry: Mapping[str, Any]) -> bool:
-        return f"f:{field}" in ((entry.get("fieldsV1") or {}).get("f:spec") or {})
 
-    entries = [e for e in obj["metadata"].get("managedFields") or () if owns(e) and e.get("subresource") != "status"]
-    if not entries:
-        return "somebody (the server did not record who)"
-    last = max(entries, key=lambda entry: entry.get("time") or "")
-    return f"{last.get('manager') or 'somebody'} ({last.get('operation')}, {last.get('time')})"
+def _owns(entry: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    fields: Any = (entry.get("fieldsV1") or {}).get("f:spec")
+    for name in path:
+        fields = fields.get(f"f:{name}") if isinstance(fields, Mapping) else None
+    return fields is not None
 
 
 def difference(old: Any, new: Any) -> Any:

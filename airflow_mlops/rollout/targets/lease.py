@@ -94,6 +94,11 @@ class Claim:
         """Whether somebody holds the target."""
         return self.holder is not None and now < self.renewed + self.ttl
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last rollout came to its end, and no other has begun."""
+        return self.holder is None and self.books.canary is None and "finished" in self.rollout
+
     def refuse_others(self, owner: str, now: float) -> None:
         """Raise if another rollout holds the target."""
         if self.alive(now) and self.holder != owner:
@@ -105,7 +110,7 @@ class Claim:
     def refuse_ended(self, owner: str) -> None:
         """Raise if the rollout of ``owner`` was ended."""
         theirs = self.holder if self.holder is not None else self.rollout.get("owner")
-        if theirs != owner or (self.holder is None and self.rollout.get("finished")):
+        if theirs != owner or self.finished:
             raise ConcurrentChangeError(ENDED.format(owner))
 
     def refuse_earlier(self, owner: str, annotation: Mapping[str, Any]) -> None:
