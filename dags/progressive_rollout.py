@@ -30,7 +30,7 @@ TARGET = Param(
         '"name": "fraud", "namespace": "serving"} or {"kind": "gateway", "name": "fraud", "service": "fraud-{version}"}.'
     ),
 )  # fmt: skip
-MODEL_NAME = Param("flight_delay", type="string", minLength=1, title="Registered model", section="Model")
+MODEL_NAME = Param("flights_delay", type="string", minLength=1, title="Registered model", section="Model")
 
 with DAG(
     dag_id="progressive_rollout",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from airflow_mlops.rollout.controller import Answer
     from airflow_mlops.rollout.judge import Verdict
+    from airflow_mlops.rollout.spec import RolloutSpec
 
 APPROVE, REJECT = "Approve", "Reject"
 
@@ -129,13 +130,13 @@ def answer_of(event: Mapping[str, Any], step: int) -> Answer:
     return Answer(step, event["chosen_options"] == [APPROVE], str(name or "a default"))
 
 
-def write_report(folder: str, result: Mapping[str, Any]) -> dict[str, str]:
+def write_report(folder: str, result: Mapping[str, Any], spec: RolloutSpec) -> dict[str, str]:
     """Write page, picture and result below ``folder``; ``html_uri``, ``png_uri`` and ``report_uri``."""
     from airflow_mlops.rollout.report import render_html, render_png
 
     html, png = storage.join(folder, "rollout.html"), storage.join(folder, "rollout.png")
-    storage.write_bytes(html, render_html(result).encode())
-    storage.write_bytes(png, render_png(result))
+    storage.write_bytes(html, render_html(result, spec).encode())
+    storage.write_bytes(png, render_png(result, spec))
     return {
         "html_uri": html,
         "png_uri": png,
@@ -143,7 +144,9 @@ def write_report(folder: str, result: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def to_mlflow(hook: MlflowHook, experiment: str, key: str, result: Mapping[str, Any]) -> dict[str, str | None]:
+def to_mlflow(
+    hook: MlflowHook, experiment: str, key: str, result: Mapping[str, Any], spec: RolloutSpec
+) -> dict[str, str | None]:
     """Put a rollout into the MLflow run of ``key``: verdict, numbers, page and picture; ``mlflow_run_id`` and
     ``mlflow_url``.
 
@@ -171,10 +174,10 @@ def to_mlflow(hook: MlflowHook, experiment: str, key: str, result: Mapping[str, 
     metrics = [Metric(name, float(value), now, 0) for name, value in numbers.items()]
     client.log_batch(run_id, metrics, tags=[RunTag(name, str(value)) for name, value in tags.items() if value])
     client.log_dict(run_id, dict(result), "rollout.json")
-    client.log_text(run_id, render_html(result), "rollout.html")
+    client.log_text(run_id, render_html(result, spec), "rollout.html")
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "rollout.png"
-        picture.write_bytes(render_png(result))
+        picture.write_bytes(render_png(result, spec))
         client.log_artifact(run_id, str(picture))
     client.set_terminated(run_id, "FINISHED")
     return {"mlflow_run_id": run_id, "mlflow_url": hook.run_url(experiment, run_id)}

@@ -363,14 +363,15 @@ class CanaryPromoteOperator(BaseOperator):
 
     def _report(self, context: Context, result: dict[str, Any]) -> dict[str, Any]:
         """The small result with the places of its report; what cannot be written does not change the verdict."""
+        spec = self._spec(context)
         small = {key: value for key, value in result.items() if key != "history"}
         key = f"rollout/{task_key(context)}"
         try:
             if not is_blank(self.report_dir):
                 folder = join(str(self.report_dir), re.sub(r"[^A-Za-z0-9._-]+", "-", key))
-                small |= write_report(folder, result)
+                small |= write_report(folder, result, spec)
             if not is_blank(self.experiment):
-                small |= to_mlflow(self._mlflow(), str(self.experiment), key, result)
+                small |= to_mlflow(self._mlflow(), str(self.experiment), key, result, spec)
         except Exception:
             self.log.warning("the rollout's report could not be written", exc_info=True)
         return small
