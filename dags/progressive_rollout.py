@@ -2,8 +2,8 @@
 ### Roll out a registered model step by step, and back
 
 `progressive_rollout` takes any registered model from its champion to another version: the challenger gets a rising
-share of the traffic, every look is judged with stated error rates, and it becomes champion or loses its traffic. Trigger
-it from the UI; the form has the steps, the guardrails, where traffic is split and where the numbers come from.
+share of the traffic, every look is judged with stated error rates, and it becomes champion or loses its traffic.
+Trigger it from the UI; the form has the steps, the guardrails, where traffic is split and where the numbers come from.
 
 `roll_back` is a person's decision after the fact: all traffic, and the alias, go back to the version before.
 """
@@ -26,8 +26,9 @@ ROOT = os.path.abspath(os.path.expanduser(conf.get("mlops", "root")))
 TARGET = Param(
     None, type=["null", "object"], title="Where traffic is split", section="Place",
     description=(
-        'Empty: Ray Serve, on the route named after the model. Else for example {"kind": "kserve", "mode": "knative", '
-        '"name": "fraud", "namespace": "serving"} or {"kind": "gateway", "name": "fraud", "service": "fraud-{version}"}.'
+        "Empty: Ray Serve, on the route named after the model. Else for example "
+        '{"kind": "kserve", "mode": "knative", "name": "fraud", "namespace": "serving"} or '
+        '{"kind": "gateway", "name": "fraud", "service": "fraud-{version}"}.'
     ),
 )  # fmt: skip
 MODEL_NAME = Param("flights_delay", type="string", minLength=1, title="Registered model", section="Model")
@@ -64,7 +65,7 @@ with DAG(
         ),
         "guardrails": Param(
             ["errors", "latency"], type="array", title="Guardrails", section="Evidence",
-            description='Names (errors, timeouts, latency, log_loss, brier, score) or objects with margins of their own.',
+            description="Names (errors, timeouts, latency, log_loss, brier, score), or objects with margins.",
         ),
         "evidence": Param(
             None, type=["null", "object", "string"], title="Where the numbers come from", section="Evidence",
