@@ -180,9 +180,10 @@ def _steps(result: Mapping[str, Any]) -> str:
     rows = []
     for step in result["steps"]:
         weight, requests = words.finite(step.get("weight")), step.get("requests") or [None, None]
+        decision = step.get("decision") or "-"
         share = "0 %, copies of requests" if weight == 0 else "-" if weight is None else f"{weight:g} %"
         cells = [share, words.duration(step.get("seconds")), words.count(step.get("looks"))]
-        cells += [*map(words.count, requests), _DECISIONS.get(step.get("decision"), str(step.get("decision")))]
+        cells += [*map(words.count, requests), _DECISIONS.get(decision, str(decision))]
         rows.append([escape(cell) for cell in cells])
     return _table(heads, rows)
 
@@ -200,7 +201,8 @@ def _evidence(result: Mapping[str, Any]) -> str:
     cards = [f'<div class="card"><h3>Traffic</h3>{plots.traffic_svg(result)}</div>']
     for index, (name, account) in enumerate(_accounts(result).items()):
         plot = plots.guardrail_svg(result, name, account, f"guardrail {index}")
-        text = "".join(f"<p>{escape(text)}</p>" for text in (words.sentence(name, account), _rule(account)) if text)
+        said = [words.sentence(name, account), _rule(account), *words.remarks(account)]
+        text = "".join(f"<p>{escape(text)}</p>" for text in said if text)
         cards.append(f'<div class="card"><h3>{escape(name)} {_chip(account.get("status"))}</h3>{text}{plot}</div>')
     return f'<p class="muted">{note}</p>' + "".join(cards)
 

@@ -92,8 +92,11 @@ def measured(account: Mapping[str, Any]) -> str:
 def evidence(account: Mapping[str, Any]) -> str:
     """How far the evidence is, in one short line."""
     if "e_ok" in account:
-        harm, ok = (f"{odds(account[key])} of {odds(account[f'{key}_needed'])}" for key in ("e_harm", "e_ok"))
+        harm, ok = (f"{odds(account[key])} of {odds(account.get(f'{key}_needed'))}" for key in ("e_harm", "e_ok"))
         return f"harm {harm} to 1, no harm {ok} to 1"
+    if "z_ok" in account:
+        harm, ok = (f"{number(account[key])} of {number(account.get(f'{key}_needed'))}" for key in ("z_harm", "z_ok"))
+        return f"planned look {account.get('planned_look')}: harm z {harm}, no harm z {ok}"
     if "worse_by_at_most" in account:
         least, most = level(account, account["worse_by_at_least"]), level(account, account["worse_by_at_most"])
         return f"worse by {least} to {most}, to be below {level(account, account.get('margin'))}"
@@ -113,37 +116,37 @@ def sentence(name: str, account: Mapping[str, Any]) -> str:
     return f"The canary has a mean {name} of {canary}, stable of {stable}."
 
 
+def remarks(account: Mapping[str, Any]) -> list[str]:
+    """What else is to be known of the numbers."""
+    found = [str(account["remark"])] if account.get("remark") else []
+    if spread := finite(account.get("replica_spread")):
+        found.append(
+            f"Replicas of one version differ by about {share(spread)}; a difference between the arms is held "
+            "against that."
+        )
+    if account.get("culprit") is not None:
+        found.append(f"One replica of the canary, number {account['culprit']} from 0, makes the difference alone.")
+    return found
+
+
 def effect(name: str, account: Mapping[str, Any]) -> str:
-    """How large the difference is, with its confidence sequence where there is one."""
+    """How large the difference is, with its confidence sequence where there is one.
+
+    :param account: with ``effect`` (what is estimated), ``estimate``, ``interval`` and ``confidence``, as an A/B test's
+        last look has them
+    """
     said = sentence(name, account)
-    ratio = account.get("ratio")
-    if isinstance(ratio, list | tuple) and len(ratio) == 2 and None not in map(finite, ratio):
-        low, high = ratio
-        return f"{said} The canary has {_within(number(low), number(high))} times as many{_sure(low, high, 1.0)}."
-    if "worse_by_at_most" not in account or NONE in (level(account, account.get(arm)) for arm in ("stable", "canary")):
-        return said
-    low, high = difference_interval(account)
+    low, high = account.get("interval") or (None, None)
+    if finite(low) is None or finite(high) is None:
+        return f"{said} How large the difference is cannot be said."
+    ratio = "ratio" in str(account.get("effect"))
+    write = number if ratio else (lambda value: level(account, value))
+    null = 1.0 if ratio else 0.0
+    telling = "no difference is among them" if low <= null <= high else "no difference is not among them"
+    confidence = finite(account.get("confidence"))
+    sure = f", with {100 * confidence:g} % confidence at all looks at once" if confidence else ""
+    estimate = f" {write(account['estimate'])}" if finite(account.get("estimate")) is not None else ""
     return (
-        f"{said} The difference, canary less stable, is {_within(level(account, low), level(account, high))}"
-        f"{_sure(low, high, 0.0)}."
+        f"{said} {str(account.get('effect') or 'difference').capitalize()}, canary against stable:{estimate}, between "
+        f"{write(low)} and {write(high)}{sure}; {telling}."
     )
-
-
-def difference_interval(account: Mapping[str, Any]) -> tuple[float, float]:
-    """Confidence sequence of canary's mean less stable's."""
-    least, most = float(account["worse_by_at_least"]), float(account["worse_by_at_most"])
-    if account.get("kind") == "score":
-        # What is judged is the size of the difference, whose bounds lie around it.
-        estimate = float(account["difference"])
-        return estimate - (abs(estimate) - least), estimate + (abs(estimate) - least)
-    return (-most, -least) if account.get("higher_is_better") else (least, most)
-
-
-def _within(low: str, high: str) -> str:
-    return f"between {low} and {high}"
-
-
-def _sure(low: float, high: float, null: float) -> str:
-    if low <= null <= high:
-        return ", which includes no difference at all"
-    return ", so that the canary has more" if low > null else ", so that the canary has less"
