@@ -154,7 +154,7 @@ def _guardrail(
     axes: Sequence[Axes], looks: Sequence[Sequence[Any]], marks: Marks, name: str, account: Mapping[str, Any]
 ) -> None:
     stable, canary, one, other = _columns(looks, name)
-    percent = kind(account) != "mean"
+    percent = kind(account) not in ("mean", "score")
     ends = _arms(axes[0], marks, {"stable": stable, "canary": canary})
     _title(axes[0], "both versions")
     if percent:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from airflow_mlops.rollout.guards import HARM, NO_DATA, OK, OPEN
+from airflow_mlops.rollout.terms import HARM, NO_DATA, OK, OPEN
 
 NONE = "-"
 #: What a status of a guardrail means.
@@ -69,9 +69,9 @@ def odds(value: Any) -> str:
 
 
 def kind(account: Mapping[str, Any]) -> str:
-    """``rate``, ``latency``, ``drift`` or ``mean``, also of an account that does not say so itself."""
+    """``rate``, ``latency``, ``mean``, ``score`` or ``drift``, also of an account that does not say so itself."""
     if account.get("kind"):
-        return "mean" if account["kind"] == "score" else str(account["kind"])
+        return str(account["kind"])
     if "slower_than_seconds" in account:
         return "latency"
     return "rate" if "events" in account else "mean"
@@ -79,14 +79,14 @@ def kind(account: Mapping[str, Any]) -> str:
 
 def level(account: Mapping[str, Any], value: Any) -> str:
     """One arm's number, with its unit."""
-    return number(value) if kind(account) == "mean" else share(value)
+    return number(value) if kind(account) in ("mean", "score") else share(value)
 
 
 def measured(account: Mapping[str, Any]) -> str:
     """What the numbers of the arms are."""
     if kind(account) == "latency" and "slower_than_seconds" in account:
         return f"slower than {duration(account['slower_than_seconds'])}"
-    return {"rate": "of requests", "latency": "slow requests", "drift": "of predictions"}.get(kind(account), "mean")
+    return {"rate": "of requests", "latency": "slow requests", "drift": "total variation"}.get(kind(account), "mean")
 
 
 def evidence(account: Mapping[str, Any]) -> str:
@@ -111,6 +111,8 @@ def sentence(name: str, account: Mapping[str, Any]) -> str:
     what = kind(account)
     if what == "latency":
         return f"Of the canary's requests {canary} were {measured(account)}, of stable's {stable}."
+    if what == "drift":
+        return f"Predictions of the canary are distributed differently from stable's by {canary} (total variation)."
     if what == "rate":
         return f"The canary had {name} in {canary} of its requests, stable in {stable}."
     return f"The canary has a mean {name} of {canary}, stable of {stable}."
@@ -125,28 +127,26 @@ def remarks(account: Mapping[str, Any]) -> list[str]:
             "against that."
         )
     if account.get("culprit") is not None:
-        found.append(f"One replica of the canary, number {account['culprit']} from 0, makes the difference alone.")
+        found.append(f"Only the canary's replica {account['culprit']} is worse; the others are as good as stable.")
     return found
 
 
-def effect(name: str, account: Mapping[str, Any]) -> str:
-    """How large the difference is, with its confidence sequence where there is one.
+def effect(name: str, account: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """How large the difference is, with its confidence sequence.
 
-    :param account: with ``effect`` (what is estimated), ``estimate``, ``interval`` and ``confidence``, as an A/B test's
-        last look has them
+    :param account: of the last look
+    :param found: ``effect`` (what is estimated), ``estimate``, ``interval`` and ``confidence``, of a verdict's report
     """
     said = sentence(name, account)
-    low, high = account.get("interval") or (None, None)
-    if finite(low) is None or finite(high) is None:
+    low, high = map(finite, found.get("interval") or (None, None))
+    if low is None or high is None:
         return f"{said} How large the difference is cannot be said."
-    ratio = "ratio" in str(account.get("effect"))
-    write = number if ratio else (lambda value: level(account, value))
+    ratio = "ratio" in str(found.get("effect"))
+    estimate, least, most = (number(v) if ratio else level(account, v) for v in (found.get("estimate"), low, high))
     null = 1.0 if ratio else 0.0
-    telling = "no difference is among them" if low <= null <= high else "no difference is not among them"
-    confidence = finite(account.get("confidence"))
-    sure = f", with {100 * confidence:g} % confidence at all looks at once" if confidence else ""
-    estimate = f" {write(account['estimate'])}" if finite(account.get("estimate")) is not None else ""
-    return (
-        f"{said} {str(account.get('effect') or 'difference').capitalize()}, canary against stable:{estimate}, between "
-        f"{write(low)} and {write(high)}{sure}; {telling}."
-    )
+    # Distances are never below 0, so an interval that begins there says nothing of a difference.
+    clear = "a difference is shown" if low > null or high < null else "no difference is shown"
+    confidence = finite(found.get("confidence"))
+    sure = f", sure to {100 * confidence:.4g} %" if confidence else ""
+    what = str(found.get("effect") or "difference").capitalize()
+    return f"{said} {what}, canary against stable: {estimate}, between {least} and {most}{sure}; {clear}."
