@@ -180,11 +180,13 @@ def _drift_and_loss(months: Sequence[MonthSummary]) -> str:
         own = (tests.get("log_loss") or {}).get("change")
         cells = [
             (month.month, ""), (_chip(month.verdict), ""), (str(_drifted(month)), "n"), (_number(value), "n"),
-            (_signed(change), "n"), (_signed(own), "n"), (escape(", ".join(month.columns)) or "–", ""),
+            (_signed(change), "n"), (_signed(own), "n"), (_expected_auc(month), "n"),
+            (_number(month.champion.auc, 3), "n"), (escape(", ".join(month.columns)) or "–", ""),
         ]  # fmt: skip
         rows.append("<tr>" + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells) + "</tr>")
     heads = [("month", ""), ("verdict", ""), ("drifted columns", "n"), ("log loss frozen", "n")]
-    heads += [("against its first month", "n"), ("log loss champion against its reference", "n"), ("which", "")]
+    heads += [("against its first month", "n"), ("log loss champion against its reference", "n")]
+    heads += [("AUC champion, expected before labels came", "n"), ("AUC champion, seen", "n"), ("which", "")]
     head = "".join(f'<th class="{kind}">{text}</th>' for text, kind in heads)
     return (
         f"<p>{escape(_telling(months))} Columns that move with the calendar, such as the weather, are not counted.</p>"
@@ -192,6 +194,15 @@ def _drift_and_loss(months: Sequence[MonthSummary]) -> str:
         f'</div><div class="card"><h3>Log loss of the frozen model, lower is better</h3>{loss}</div></div>'
         f'<div class="scroll" style="margin-top:16px"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
     )
+
+
+def _expected_auc(month: MonthSummary) -> str:
+    """What the scores alone let expect, with its interval."""
+    estimate = (month.ledger.get("drift") or {}).get("estimate") or {}
+    auc = (estimate.get("metrics") or {}).get("auc")
+    if not auc:
+        return "–"
+    return f"{_number(auc['value'], 3)} ({_number(auc['low'], 3)} to {_number(auc['high'], 3)})"
 
 
 def _drifted(month: MonthSummary) -> int:

@@ -126,7 +126,7 @@ async def run_rollout(
     """
     clock = hands.clock
     began = clock()
-    begun = await prepare(target, spec, before or {}, hands)
+    begun = await prepare(target, source, spec, before or {}, hands)
     if isinstance(begun, dict):
         return begun
     progress, judge = begun, begun.judge
@@ -205,7 +205,7 @@ async def _vanished(target: Target) -> bool:
 
 
 async def prepare(
-    target: Target, spec: RolloutSpec, before: Mapping[str, Any], hands: Hands
+    target: Target, source: EvidenceSource, spec: RolloutSpec, before: Mapping[str, Any], hands: Hands
 ) -> _Progress | dict[str, Any]:
     """Bring the target to the rollout's current step; the result, when nothing is left to do."""
     state = await target.state()
@@ -217,6 +217,7 @@ async def prepare(
     kept = state.rollout or before
     if spec.owns(kept) and kept.get("finished"):
         return dict(kept["finished"])
+    await source.check(state, hands.clock())
     await target.claim(spec.owner, spec.ttl)
     if state.stable == spec.version:
         reason = "this version already serves all traffic; nothing to compare"
@@ -305,4 +306,24 @@ async def abort(target: Target, spec: RolloutSpec) -> bool:
     if state is None or not _holds(state, spec) or state.rollout.get("finished"):
         return False
     await target.roll_back(spec.owner, {})
+    return True
+
+
+async def go_back(target: Target, version: str, uri: str, owner: str, ttl: float) -> bool:
+    """Give all traffic to a version that served before; ``False`` when it has it already.
+
+    :param owner: who does so; a rollout that is under way refuses it
+    :param ttl: seconds that it may take before others may act
+    :raises ConcurrentChangeError: a rollout holds the target
+    """
+    state = await target.state()
+    if state is not None and (state.stable, state.weight) == (version, 0):
+        return False
+    if state is None:
+        await target.deploy(version, uri)
+        return True
+    await target.claim(owner, ttl)
+    if state.stable != version:
+        await target.restore(version, uri)
+    await target.roll_back(owner, {})
     return True

@@ -62,6 +62,11 @@ class RolloutSpec:
         """What the judge's state belongs to: under other rules it says nothing."""
         return {"policy": self.policy.to_json(), "guardrails": [guard.to_json() for guard in self.guardrails]}
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the counters that the guardrails read."""
+        return sorted({guard.metric for guard in self.guardrails})
+
     def owns(self, annotation: Mapping[str, Any]) -> bool:
         """Whether what is kept on a target is this rollout, of this or another attempt."""
         return annotation.get("owner") == self.owner and str(annotation.get("version")) == self.version

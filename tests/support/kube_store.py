@@ -73,6 +73,8 @@ BUILT_IN = (
     ),
     Resource("", ("v1",), "secrets", "Secret", status=False, fields=("type",), columns=(_AGE,), custom=False),
     Resource("", ("v1",), "services", "Service", columns=(_AGE,), custom=False),
+    Resource("coordination.k8s.io", ("v1",), "leases", "Lease", status=False, columns=(_AGE,), custom=False),
+    Resource("discovery.k8s.io", ("v1",), "endpointslices", "EndpointSlice", status=False, custom=False),
     Resource("batch", ("v1",), "jobs", "Job", fields=("status.successful",), columns=(_AGE,), custom=False),
 )
 
