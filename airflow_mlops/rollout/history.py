@@ -8,7 +8,7 @@ from typing import Any
 from airflow_mlops.rollout.judge import Verdict
 
 #: Numbers of a guardrail's account that a look keeps, the first pair that there is.
-EVIDENCE = (("e_harm", "e_ok"), ("worse_by_at_least", "worse_by_at_most"))
+EVIDENCE = (("e_harm", "e_ok"), ("worse_by_at_least", "worse_by_at_most"), ("z_harm", "z_ok"))
 _MOST = 120
 #: Decisions that a rollout may repeat look after look.
 _WAITING = ("HOLD", "APPROVE")

@@ -147,7 +147,7 @@ class Judge:
     def _accounts(self) -> dict[str, dict[str, Any]]:
         terms, accounts = self._terms(), {}
         for name, evidence in self.evidence.items():
-            account = evidence.account(terms)
+            account = {"kind": evidence.guardrail.kind, **evidence.account(terms)}
             if "culprit" in account:
                 account["culprit"] = self.intake.names[1][account["culprit"]]
             accounts[name] = account

@@ -154,7 +154,7 @@ def _guardrail(
     axes: Sequence[Axes], looks: Sequence[Sequence[Any]], marks: Marks, name: str, account: Mapping[str, Any]
 ) -> None:
     stable, canary, one, other = _columns(looks, name)
-    percent = kind(account) != "mean"
+    percent = kind(account) not in ("mean", "score")
     ends = _arms(axes[0], marks, {"stable": stable, "canary": canary})
     _title(axes[0], "both versions")
     if percent:
@@ -164,6 +164,8 @@ def _guardrail(
     _label_ends(axes[0], ends)
     if "worse_by_at_most" in account:
         _bounds(axes[1], marks, one, other, account, percent)
+    elif "z_ok" in account:
+        _scores(axes[1], marks, one, other, account)
     else:
         _odds(axes[1], marks, one, other, account)
     for cell in axes:
@@ -207,6 +209,22 @@ def _odds(
             _limit(axes, marks, need, f"{name} is shown at {odds(need)}", colour)
     _label_ends(axes, ends)
     _title(axes, "evidence, to 1")
+
+
+def _scores(
+    axes: Axes, marks: Marks, harm: Sequence[float | None], ok: Sequence[float | None], account: Mapping[str, Any]
+) -> None:
+    """The statistics of planned looks, and what the last of them had to reach."""
+    ends = {}
+    for name, key, colour, values in (("harm", "z_harm", "bad", harm), ("no harm", "z_ok", "good", ok)):
+        _line(axes, marks.times, values, COLOURS[colour])
+        if end := _last(marks.times, values):
+            ends[name] = (end, COLOURS[colour])
+        # A bound that no statistic reaches means that nothing could be shown at this look.
+        if (need := finite(account.get(f"{key}_needed"))) and need < 7:
+            _limit(axes, marks, need, f"{name} is shown at {need:.3g}, at the last planned look", colour)
+    _label_ends(axes, ends)
+    _title(axes, "standardised difference at planned looks")
 
 
 def _bounds(
@@ -329,7 +347,7 @@ def _svg(figure: Figure, salt: str, alternative: str) -> str:
         text = _bytes(figure, "svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'\sid="(\w+)"', lambda found: found[0] if f"#{found[1]}" in text else "", text)
+    text = re.sub(r'\sid="([^"]+)"', lambda found: found[0] if f"#{found[1]}" in text else "", text)
     text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{alternative}"', text, count=1)
     for name, colour in COLOURS.items():

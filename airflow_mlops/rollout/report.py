@@ -9,8 +9,8 @@ from typing import Any
 
 from airflow_mlops.page import document
 from airflow_mlops.rollout import plots, words
-from airflow_mlops.rollout.guards import HARM, NO_DATA, OK
 from airflow_mlops.rollout.spec import RolloutSpec
+from airflow_mlops.rollout.terms import HARM, NO_DATA, OK
 
 _STYLE = """
 :root{--stable:var(--champion);--canary:var(--challenger)}
@@ -78,17 +78,29 @@ def lead(result: Mapping[str, Any]) -> str:
     harmful = [name for name, account in _accounts(result).items() if account.get("status") == HARM]
     if harmful:
         return f"{version} was shown to be worse than {_stable(previous)} in {_and(harmful)}; {stays}."
-    return f"{version} was not shown to be as good as {_stable(previous)}; {stays}."
+    return f"{version} was rolled back; {stays}."
 
 
 def _complete(result: Mapping[str, Any], spec: RolloutSpec | None) -> dict[str, Any]:
     """The result with all its fields, and with the guardrails' rules beside their numbers."""
     rules = {guardrail.name: guardrail.to_json() for guardrail in spec.guardrails} if spec else {}
     names = [*rules, *(name for name in result.get("guardrails") or {} if name not in rules)]
-    accounts = {name: {**rules.get(name, {}), **(_accounts(result).get(name) or {"status": NO_DATA})} for name in names}
+    accounts = {name: _with_rules(rules.get(name), _accounts(result).get(name)) for name in names}
     empty = {"verdict": "HOLD", "model": "model", "version": "?", "steps": [], "reasons": [], "requests": {}}
     known = {key: value for key, value in result.items() if value is not None}
     return {**empty, **known, "guardrails": accounts}
+
+
+def _with_rules(rules: Mapping[str, Any] | None, account: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = {**(rules or {}), **(account or {"status": NO_DATA})}
+    margin = words.finite(known.get("margin"))
+    if rules and rules["relative"] and margin is not None:
+        if "margin" in (account or {}):
+            # The account has its margin in the metric's own unit.
+            known["harm_margin"] = margin * rules["harm_margin"] / rules["margin"]
+        else:
+            del known["harm_margin"]
+    return known
 
 
 def _accounts(result: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
@@ -151,7 +163,10 @@ def _tiles(result: Mapping[str, Any]) -> str:
 def _effects(result: Mapping[str, Any]) -> str:
     if result["verdict"] != "CONCLUDE":
         return ""
-    sentences = _list(words.effect(name, account) for name, account in _accounts(result).items())
+    sentences = _list(
+        words.effect(name, account, (result.get("report") or {}).get(name) or {})
+        for name, account in _accounts(result).items()
+    )
     note = (
         "The intervals hold at all looks at once: that the test ended when it did does not make them wrong more often."
     )
@@ -180,9 +195,10 @@ def _steps(result: Mapping[str, Any]) -> str:
     rows = []
     for step in result["steps"]:
         weight, requests = words.finite(step.get("weight")), step.get("requests") or [None, None]
+        decision = step.get("decision") or "-"
         share = "0 %, copies of requests" if weight == 0 else "-" if weight is None else f"{weight:g} %"
         cells = [share, words.duration(step.get("seconds")), words.count(step.get("looks"))]
-        cells += [*map(words.count, requests), _DECISIONS.get(step.get("decision"), str(step.get("decision")))]
+        cells += [*map(words.count, requests), _DECISIONS.get(decision, str(decision))]
         rows.append([escape(cell) for cell in cells])
     return _table(heads, rows)
 
@@ -200,7 +216,8 @@ def _evidence(result: Mapping[str, Any]) -> str:
     cards = [f'<div class="card"><h3>Traffic</h3>{plots.traffic_svg(result)}</div>']
     for index, (name, account) in enumerate(_accounts(result).items()):
         plot = plots.guardrail_svg(result, name, account, f"guardrail {index}")
-        text = "".join(f"<p>{escape(text)}</p>" for text in (words.sentence(name, account), _rule(account)) if text)
+        said = [words.sentence(name, account), _rule(account), *words.remarks(account)]
+        text = "".join(f"<p>{escape(text)}</p>" for text in said if text)
         cards.append(f'<div class="card"><h3>{escape(name)} {_chip(account.get("status"))}</h3>{text}{plot}</div>')
     return f'<p class="muted">{note}</p>' + "".join(cards)
 

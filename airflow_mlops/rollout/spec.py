@@ -100,6 +100,7 @@ def result_of(
         "looks": verdict.look,
         "steps": list(steps),
         "guardrails": verdict.guardrails,
+        "report": verdict.report,
         "reasons": verdict.reasons,
         "seconds": round(seconds, 2),
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from airflow_mlops.rollout.guards import HARM, NO_DATA, OK, OPEN
+from airflow_mlops.rollout.terms import HARM, NO_DATA, OK, OPEN
 
 NONE = "-"
 #: What a status of a guardrail means.
@@ -69,9 +69,9 @@ def odds(value: Any) -> str:
 
 
 def kind(account: Mapping[str, Any]) -> str:
-    """``rate``, ``latency``, ``drift`` or ``mean``, also of an account that does not say so itself."""
+    """``rate``, ``latency``, ``mean``, ``score`` or ``drift``, also of an account that does not say so itself."""
     if account.get("kind"):
-        return "mean" if account["kind"] == "score" else str(account["kind"])
+        return str(account["kind"])
     if "slower_than_seconds" in account:
         return "latency"
     return "rate" if "events" in account else "mean"
@@ -79,21 +79,24 @@ def kind(account: Mapping[str, Any]) -> str:
 
 def level(account: Mapping[str, Any], value: Any) -> str:
     """One arm's number, with its unit."""
-    return number(value) if kind(account) == "mean" else share(value)
+    return number(value) if kind(account) in ("mean", "score") else share(value)
 
 
 def measured(account: Mapping[str, Any]) -> str:
     """What the numbers of the arms are."""
     if kind(account) == "latency" and "slower_than_seconds" in account:
         return f"slower than {duration(account['slower_than_seconds'])}"
-    return {"rate": "of requests", "latency": "slow requests", "drift": "of predictions"}.get(kind(account), "mean")
+    return {"rate": "of requests", "latency": "slow requests", "drift": "total variation"}.get(kind(account), "mean")
 
 
 def evidence(account: Mapping[str, Any]) -> str:
     """How far the evidence is, in one short line."""
     if "e_ok" in account:
-        harm, ok = (f"{odds(account[key])} of {odds(account[f'{key}_needed'])}" for key in ("e_harm", "e_ok"))
+        harm, ok = (f"{odds(account[key])} of {odds(account.get(f'{key}_needed'))}" for key in ("e_harm", "e_ok"))
         return f"harm {harm} to 1, no harm {ok} to 1"
+    if "z_ok" in account:
+        harm, ok = (f"{number(account[key])} of {number(account.get(f'{key}_needed'))}" for key in ("z_harm", "z_ok"))
+        return f"planned look {account.get('planned_look')}: harm z {harm}, no harm z {ok}"
     if "worse_by_at_most" in account:
         least, most = level(account, account["worse_by_at_least"]), level(account, account["worse_by_at_most"])
         return f"worse by {least} to {most}, to be below {level(account, account.get('margin'))}"
@@ -108,42 +111,42 @@ def sentence(name: str, account: Mapping[str, Any]) -> str:
     what = kind(account)
     if what == "latency":
         return f"Of the canary's requests {canary} were {measured(account)}, of stable's {stable}."
+    if what == "drift":
+        return f"Predictions of the canary are distributed differently from stable's by {canary} (total variation)."
     if what == "rate":
         return f"The canary had {name} in {canary} of its requests, stable in {stable}."
     return f"The canary has a mean {name} of {canary}, stable of {stable}."
 
 
-def effect(name: str, account: Mapping[str, Any]) -> str:
-    """How large the difference is, with its confidence sequence where there is one."""
+def remarks(account: Mapping[str, Any]) -> list[str]:
+    """What else is to be known of the numbers."""
+    found = [str(account["remark"])] if account.get("remark") else []
+    if spread := finite(account.get("replica_spread")):
+        found.append(
+            f"Replicas of one version differ by about {share(spread)}; a difference between the arms is held "
+            "against that."
+        )
+    if account.get("culprit") is not None:
+        found.append(f"Only the canary's replica {account['culprit']} is worse; the others are as good as stable.")
+    return found
+
+
+def effect(name: str, account: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """How large the difference is, with its confidence sequence.
+
+    :param account: of the last look
+    :param found: ``effect`` (what is estimated), ``estimate``, ``interval`` and ``confidence``, of a verdict's report
+    """
     said = sentence(name, account)
-    ratio = account.get("ratio")
-    if isinstance(ratio, list | tuple) and len(ratio) == 2 and None not in map(finite, ratio):
-        low, high = ratio
-        return f"{said} The canary has {_within(number(low), number(high))} times as many{_sure(low, high, 1.0)}."
-    if "worse_by_at_most" not in account or NONE in (level(account, account.get(arm)) for arm in ("stable", "canary")):
-        return said
-    low, high = difference_interval(account)
-    return (
-        f"{said} The difference, canary less stable, is {_within(level(account, low), level(account, high))}"
-        f"{_sure(low, high, 0.0)}."
-    )
-
-
-def difference_interval(account: Mapping[str, Any]) -> tuple[float, float]:
-    """Confidence sequence of canary's mean less stable's."""
-    least, most = float(account["worse_by_at_least"]), float(account["worse_by_at_most"])
-    if account.get("kind") == "score":
-        # What is judged is the size of the difference, whose bounds lie around it.
-        estimate = float(account["difference"])
-        return estimate - (abs(estimate) - least), estimate + (abs(estimate) - least)
-    return (-most, -least) if account.get("higher_is_better") else (least, most)
-
-
-def _within(low: str, high: str) -> str:
-    return f"between {low} and {high}"
-
-
-def _sure(low: float, high: float, null: float) -> str:
-    if low <= null <= high:
-        return ", which includes no difference at all"
-    return ", so that the canary has more" if low > null else ", so that the canary has less"
+    low, high = map(finite, found.get("interval") or (None, None))
+    if low is None or high is None:
+        return f"{said} How large the difference is cannot be said."
+    ratio = "ratio" in str(found.get("effect"))
+    estimate, least, most = (number(v) if ratio else level(account, v) for v in (found.get("estimate"), low, high))
+    null = 1.0 if ratio else 0.0
+    # Distances are never below 0, so an interval that begins there says nothing of a difference.
+    clear = "a difference is shown" if low > null or high < null else "no difference is shown"
+    confidence = finite(found.get("confidence"))
+    sure = f", sure to {100 * confidence:.4g} %" if confidence else ""
+    what = str(found.get("effect") or "difference").capitalize()
+    return f"{said} {what}, canary against stable: {estimate}, between {least} and {most}{sure}; {clear}."
