@@ -212,9 +212,8 @@ class PrometheusSource:
         try:
             arm, name, part, what = labels.pop(PART, "").split("/")
         except ValueError:
-            raise ExternalSystemError(
-                f"Prometheus at {self._api.url} answers in a form that cannot be read: {described(labels)} was not asked for"
-            ) from None
+            message = f"answers in a form that cannot be read: {described(labels)} was not asked for"
+            raise ExternalSystemError(f"Prometheus at {self._api.url} {message}") from None
         if arm == ANY:
             label = labels.pop(self._arm_label, None)
             arms = [arm for arm in ARMS if label in (arm, values[arm]["version"], values[arm]["workload"])]
