@@ -1,4 +1,4 @@
-"""Evidence from a real Prometheus: the built-in queries on recorded text, resets, dead pods, and the judge's verdict."""
+"""Evidence from a real Prometheus: built-in queries on recorded text, resets, dead pods, the judge's verdicts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.prometheus import BINARY, INTERVAL, MISSING, Exporter, prometheus, sections
 
 from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.hooks.prometheus import PrometheusHook
@@ -20,7 +21,6 @@ from airflow_mlops.rollout.sources.prometheus_api import PrometheusApi
 from airflow_mlops.rollout.sources.query_sets import QUERY_SETS, queries_of
 from airflow_mlops.rollout.targets.book import Book
 from airflow_mlops.rollout.targets.protocol import TargetState
-from tests.support.prometheus import BINARY, INTERVAL, MISSING, Exporter, prometheus, sections
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason=MISSING)
 
