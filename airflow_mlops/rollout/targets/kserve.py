@@ -47,6 +47,7 @@ from airflow_mlops.rollout.targets.servable import (
 )
 
 PERCENT = "canaryTrafficPercent"
+NOTHING = {(0.0, False)}
 UPGRADE = (
     "KServe release without canary weights in Standard mode: InferenceService {name} has a canary that is ready, and "
     "HTTPRoute {name} does not lead to it {seconds:g} s after it was given {weight:g} %. The weights came with "
@@ -174,6 +175,11 @@ class _KServe(KubernetesTarget):
         )
 
 
+def _predicting(isvc: Mapping[str, Any]) -> frozenset[str]:
+    ready = is_true((isvc.get("status") or {}).get("conditions"), "PredictorReady")
+    return frozenset({"stable"} if ready else ())
+
+
 def _percents(isvc: Mapping[str, Any]) -> dict[str, int]:
     """Where Knative sends traffic: revision to percent."""
     found: dict[str, int] = {}
@@ -220,7 +226,7 @@ class KServeKnative(_KServe):
         epoch = f"{isvc['metadata'].get('generation')}:{sorted(percents.items())}"
         writer = last_writer(isvc, "predictor", PERCENT)
         if books.stable is None:
-            return Reading(0.0, None, version_of(spec), epoch=epoch, writer=writer)
+            return Reading(0.0, None, version_of(spec), ready=_predicting(isvc), epoch=epoch, writer=writer)
         stable = str(books.stable.get("revision"))
         weight = float(sum(percent for name, percent in percents.items() if name != stable))
         ready = {"stable"} if percents.get(stable, 0) else set()
@@ -273,10 +279,11 @@ class KServeKnative(_KServe):
                 return False, "Knative has not made its revision yet", None
             if component.get("latestReadyRevision") == newest:
                 weight = sum(each for name, each in _percents(isvc).items() if name != stable["revision"])
-                return weight == 0, f"it has {weight} % of the traffic already", None
+                # Loaded again in mid-rollout, it has what it was given.
+                return not weight or books.allowed != NOTHING, f"it has {weight} % of the traffic already", None
             return False, told(status.get("conditions")), load_failure(status.get("modelStatus"))
 
-        await self._until_up(f"version {version} of {self.name}", look)
+        await self._until_up(f"version {version} of {self.name}", look, claim)
         revision = _component(await self._there()).get("latestReadyRevision")
         await self._change_books(
             claim, lambda now: replace(now, canary={**canary, "revision": revision}, leftover=None)
@@ -334,7 +341,7 @@ class KServeKnative(_KServe):
             if now not in books.allowed and not force:
                 raise ConcurrentChangeError(
                     f"InferenceService {self.name} was changed by {last_writer(isvc, 'predictor')}: "
-                    f"{PERCENT} is {now[0]:g}, where this rollout asked for {books.was or books.weight}"
+                    f"{PERCENT} is {now[0]:g}, where this rollout asked for {books.weight:g} %"
                 )
             return {"spec": {"predictor": {PERCENT: int(books.weight)}}}
 
@@ -362,14 +369,20 @@ class KServeKnative(_KServe):
 
     async def _release(self, claim: Claim) -> None:
         """After a rollback two revisions serve the stable model; leave it with the latest."""
-        stable = claim.books.stable or {}
-        isvc = await self._there()
-        spec, component = isvc["spec"]["predictor"], _component(isvc)
-        newest = component.get("latestCreatedRevision")
-        if difference({key: value for key, value in spec.items() if key != PERCENT}, stable.get("predictor") or {}):
+        stable, withdrawn = claim.books.stable or {}, (claim.books.leftover or {}).get("revision")
+        spec = (await self._there())["spec"]["predictor"]
+        plain = {key: value for key, value in spec.items() if key != PERCENT}
+        if difference(plain, stable.get("predictor") or {}):
             return
-        if newest == stable.get("revision") or component.get("latestReadyRevision") != newest:
-            return
+
+        async def put_back() -> tuple[bool, str, str | None]:
+            component = _component(await self._there())
+            newest = component.get("latestCreatedRevision")
+            back = newest == component.get("latestReadyRevision") and newest not in (withdrawn, stable.get("revision"))
+            return back, f"KServe's newest revision is {newest}", None
+
+        if spec.get(PERCENT) == 0:
+            await self._until_up(f"the newest revision of {self.name}", put_back, claim)
 
         def make(found: Object) -> Object | None:
             now = {key: value for key, value in found["spec"]["predictor"].items() if key != PERCENT}
@@ -442,7 +455,8 @@ class KServeStandard(_KServe):
         epoch = f"{isvc['metadata'].get('generation')}:{route['metadata'].get('generation') if route else ''}"
         writer = last_writer(isvc, "canary")
         if books.stable is None:
-            return Reading(0.0, None, version_of(spec["predictor"]), epoch=epoch, writer=writer)
+            there = version_of(spec["predictor"])
+            return Reading(0.0, None, there, ready=_predicting(isvc), epoch=epoch, writer=writer)
         problem = route_problem(route) if route else f"there is no HTTPRoute {self.name}"
         weight = self._routed(route, books)
         asked, foreign = self._asked(isvc, books)
@@ -501,6 +515,7 @@ class KServeStandard(_KServe):
         if stable is None:
             if self._canary_there(isvc):
                 raise self._stranger(isvc)
+            await self._until_up(f"the stable version of {self.name}", self._look_at_stable, claim)
             there = isvc["spec"]["predictor"]
             stable = {"version": version_of(there), "uri": "", "name": there.get("name") or ""}
         if await self._route() is None:
@@ -531,7 +546,7 @@ class KServeStandard(_KServe):
             mine: Mapping[str, Any] = next((each for each in statuses if each["name"] == name), {})
             return False, f"KServe says {mine or 'nothing of it'}", load_failure(mine.get("modelStatus"))
 
-        await self._until_up(f"version {version} of {self.name}", look)
+        await self._until_up(f"version {version} of {self.name}", look, claim)
 
     async def _shift(self, claim: Claim, *, force: bool = False) -> None:
         books = claim.books
@@ -546,7 +561,7 @@ class KServeStandard(_KServe):
             if (now, False) not in books.allowed and not force:
                 raise ConcurrentChangeError(
                     f"InferenceService {self.name} was changed by {last_writer(isvc, 'canary')}: {now:g} % for the "
-                    f"canary, where this rollout asked for {books.was or books.weight}"
+                    f"canary, where this rollout asked for {books.weight:g} %"
                 )
             listed = isvc["spec"].get("canary") or []
             if isvc["spec"]["predictor"].get("name") == canary.get("name"):
@@ -590,7 +605,7 @@ class KServeStandard(_KServe):
             return {"spec": {"predictor": difference(old, new), "canary": warm}}
 
         await self._change(claim, ISVC, self.name, make, "the promotion")
-        crowned = replace(books, stable=canary, canary=None, leftover=stable if stable.get("name") else None, was=None)
+        crowned = replace(books, stable=canary, canary=None, leftover=stable if stable.get("name") else None, was=())
         await self._until_routed(crowned)
         return crowned
 
