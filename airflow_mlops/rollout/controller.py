@@ -142,7 +142,7 @@ async def run_rollout(
         weight = judge.weight
         verdict = judge.observe(observation)
         if verdict.decision == APPROVE and (answer := await hands.ask(verdict)) is not None:
-            verdict = judge.approve(answer.step, answer.approved, answer.by, clock())
+            judge.approve(answer.step, answer.approved, answer.by, clock())
         hands.on_look(verdict)
         progress.history.add(clock(), verdict)
         if verdict.final or verdict.decision == PROMOTE_STEP:
@@ -179,11 +179,12 @@ def _holds(state: TargetState, spec: RolloutSpec) -> bool:
 
 
 def _is_split(state: TargetState, judge: Judge) -> bool:
-    return state.configured == judge.weight and state.shadow == judge.shadow
+    return state.configured == judge.weight and state.shadow == (judge.weight == 0)
 
 
 async def _split(target: Target, spec: RolloutSpec, judge: Judge, annotation: Mapping[str, Any]) -> None:
-    await target.split(spec.version, float(judge.weight), annotation, shadow=judge.shadow)
+    """Give the canary the current step's share; at a step of 0 % copies."""
+    await target.split(spec.version, float(judge.weight), annotation, shadow=judge.weight == 0)
     await target.renew(spec.owner, spec.ttl, annotation)
 
 
