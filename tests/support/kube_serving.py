@@ -165,6 +165,7 @@ class Serving:
         template = {
             key: value for key, value in predictor.items() if key not in ("canaryTrafficPercent", "minReplicas")
         }
+        template["model"] = {key: value for key, value in predictor["model"].items() if value != ""}
         text = json.dumps([template, isvc["metadata"].get("annotations")], sort_keys=True)
         version = (predictor.get("labels") or {}).get(VERSION_LABEL, "")
         return Pods(name, text, predictor["model"]["storageUri"], version, self.steps)

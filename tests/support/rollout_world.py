@@ -13,7 +13,13 @@ from airflow_mlops.rollout.targets.kube import VERSION_LABEL
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gateway": {"kind": "gateway", "name": "fraud", "service": "fraud-{version}", "gateway": GATEWAY},
-    "two services": {"kind": "kserve", "mode": "standard", "name": "fraud", "fallback": "http_route", "gateway": GATEWAY},
+    "two services": {
+        "kind": "kserve",
+        "mode": "standard",
+        "name": "fraud",
+        "fallback": "http_route",
+        "gateway": GATEWAY,
+    },
     "standard": {"kind": "kserve", "mode": "standard", "name": "fraud"},
     "knative": {"kind": "kserve", "mode": "knative", "name": "fraud"},
 }
@@ -102,5 +108,9 @@ class World:
 
         store = self.api.store
         store.update(
-            store.named(kind), "default", "fraud", lambda old: kube_objects.merge_patch(old, change), manager="kubectl-edit"
+            store.named(kind),
+            "default",
+            "fraud",
+            lambda old: kube_objects.merge_patch(old, change),
+            manager="kubectl-edit",
         )

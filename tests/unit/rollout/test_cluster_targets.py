@@ -166,7 +166,11 @@ async def test_an_earlier_attempt_is_refused(world):
 async def test_after_the_end_a_rollout_changes_nothing_more(world):
     target = await world.rolling(5)
     await target.roll_back(OWNER, note(finished={}))
-    calls = (("renew", OWNER, 60, note()), ("split", "2", 50, note()), ("promote", note(finished={"verdict": "PROMOTE"})))
+    calls = (
+        ("renew", OWNER, 60, note()),
+        ("split", "2", 50, note()),
+        ("promote", note(finished={"verdict": "PROMOTE"})),
+    )
     for name, *args in calls:
         with pytest.raises(ConcurrentChangeError, match="ended from outside"):
             await getattr(target, name)(*args)
@@ -198,7 +202,9 @@ async def test_a_canary_that_cannot_start_is_told_and_gets_nothing(world):
         assert world.split() == {"1": 100}
         return
     world.serving.broken.add(uri("2"))
-    with pytest.raises(InvalidInputError, match="version 2 of fraud cannot be served: .*cannot read s3://models/fraud/2"):
+    with pytest.raises(
+        InvalidInputError, match="version 2 of fraud cannot be served: .*cannot read s3://models/fraud/2"
+    ):
         await target.load("2", uri("2"))
     assert world.split() == {"1": 100}
     await target.roll_back(OWNER, note())

@@ -218,7 +218,12 @@ async def test_the_old_version_stays_warm_until_the_clean_up():
 
 async def test_what_only_a_stable_predictor_may_have_moves_with_the_role():
     world = World(KubeApi(), "standard")
-    template = {"maxReplicas": 4, "scaleMetric": "cpu", "minReplicas": 2, "model": {"resources": {"limits": {"cpu": "1"}}}}
+    template = {
+        "maxReplicas": 4,
+        "scaleMetric": "cpu",
+        "minReplicas": 2,
+        "model": {"resources": {"limits": {"cpu": "1"}}},
+    }
     target = world.target(config={"predictor": template})
     await target.deploy("1", uri("1"))
     await target.claim(OWNER, 60)
