@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
-from airflow_mlops.rollout.targets.kube import KubernetesClient, Object
-from airflow_mlops.rollout.targets.lease import RACES, Arm, Books, Claim, RolloutLease
+from airflow_mlops.rollout.targets.kube import RACES, KubernetesClient, Object
+from airflow_mlops.rollout.targets.lease import Arm, Books, Claim, RolloutLease
 from airflow_mlops.rollout.targets.protocol import TargetState
 from airflow_mlops.rollout.targets.watch import Watchdog
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 from airflow_mlops.rollout.targets.base import KubernetesTarget, Reading
 from airflow_mlops.rollout.targets.deployers import Deployer
-from airflow_mlops.rollout.targets.kube import HTTPROUTE, MANAGED_BY, Object, condition, fits, last_writer
+from airflow_mlops.rollout.targets.kube import HTTPROUTE, MANAGED_BY, Object, condition, ensure, fits, last_writer
 from airflow_mlops.rollout.targets.lease import Arm, Books, Claim
 
 MIRROR = "RequestMirror"
@@ -188,9 +187,7 @@ class GatewayRoute(KubernetesTarget):
         arm: Arm = {"version": version, "uri": uri}
         route = await self.client.aget(HTTPROUTE, self.route, namespace=self.namespace)
         if route is None:
-            # Another try of the same deployment may be faster.
-            with suppress(ConcurrentChangeError):
-                await self.client.acreate(HTTPROUTE, self.manifest(version), namespace=self.namespace)
+            await ensure(self.client, HTTPROUTE, self.manifest(version), self.namespace, self._sleep)
         await self._taken_up(Books(stable=arm))
         return arm
 

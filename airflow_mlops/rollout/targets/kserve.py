@@ -15,7 +15,6 @@ httproute_reconciler.go). What they do that one does not expect:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from airflow_mlops.rollout.targets.kube import (
     MANAGED_BY,
     Object,
     difference,
+    ensure,
     fits,
     is_true,
     last_writer,
@@ -120,9 +120,7 @@ class _KServe(KubernetesTarget):
             "spec": {"predictor": wanted},
         }
         if await self._get() is None:
-            # Another try of the same deployment may be faster.
-            with suppress(ConcurrentChangeError):
-                await self.client.acreate(ISVC, body, namespace=self.namespace)
+            await ensure(self.client, ISVC, body, self.namespace, self._sleep)
         there = (await self._there())["spec"]["predictor"]
         if not self._serves(there, version, wanted):
             raise ConcurrentChangeError(
@@ -266,7 +264,7 @@ class KServeKnative(_KServe):
                     f"{version_of(spec)}, not version {stable['version']}"
                 )
             # Together in one change: without the field the new revision would get all traffic.
-            change = difference(spec, {**merged(spec, wanted), PERCENT: 0})
+            change = difference(spec, {**merged(_without_runtime(spec, wanted), wanted), PERCENT: 0})
             return {"spec": {"predictor": change}} if change else None
 
         await self._change(claim, ISVC, self.name, make, f"version {version}")
@@ -652,7 +650,17 @@ class KServeStandard(_KServe):
 def _as_canary(found: Mapping[str, Any]) -> Object:
     """A predictor without what only a stable one may have, and with a replica."""
     plain = {key: value for key, value in found.items() if key not in (*STABLE_ONLY, PERCENT)}
-    return {**plain, "minReplicas": max(1, plain.get("minReplicas") or 1)}
+    # The CRD wants a name of the container there, and KServe's webhook none: an empty one suits both.
+    model = {**(plain.get("model") or {}), "name": ""}
+    return {**plain, "model": model, "minReplicas": max(1, plain.get("minReplicas") or 1)}
+
+
+def _without_runtime(spec: Mapping[str, Any], wanted: Mapping[str, Any]) -> Object:
+    """Without the runtime that KServe has chosen for a model of another format."""
+    model = spec.get("model") or {}
+    if (model.get("modelFormat") or {}).get("name") == wanted["model"]["modelFormat"]["name"]:
+        return dict(spec)
+    return {**spec, "model": {key: value for key, value in model.items() if key != "runtime"}}
 
 
 def _with(entry: Object, name: str | None, percent: int) -> Object:

@@ -18,13 +18,12 @@ from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 from airflow_mlops.rollout.targets.book import ENDED
-from airflow_mlops.rollout.targets.kube import LEASE, MANAGED_BY, KubernetesClient, seconds_of, timestamp
+from airflow_mlops.rollout.targets.kube import LEASE, MANAGED_BY, RACES, KubernetesClient, seconds_of, timestamp
 
 ROLLOUT_ANNOTATION = "mlops.airflow.org/rollout"
 TARGET_ANNOTATION = "mlops.airflow.org/target"
 #: An object's annotations may have 256 KiB together.
 MOST_BYTES = 200_000
-RACES = 20
 
 Arm = dict[str, Any]
 

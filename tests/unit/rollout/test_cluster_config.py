@@ -156,14 +156,14 @@ async def test_a_path_of_this_machine_is_refused_before_anything_is_made(client)
     ],
 )
 def test_the_format_comes_from_the_flavour(flavors, native, model_format):
-    found = servable_of({"flavors": dict.fromkeys(flavors, {})}, uri("1"), native=native)
+    found = servable_of({"flavors": {key: {} for key in flavors}}, uri("1"), native=native)
     assert found == Servable(uri("1"), model_format)
     assert found.protocol == "v2"
 
 
 @pytest.mark.parametrize("flavors", [{}, {"crate": {}}, None])
 def test_a_model_without_a_servable_flavour(flavors):
-    with pytest.raises(InvalidInputError, match="has no servable flavour.*log it with a python_function flavour"):
+    with pytest.raises(InvalidInputError, match=r"has no servable flavour.*log it with a python_function flavour"):
         servable_of({"flavors": flavors}, uri("1"))
 
 

@@ -1,4 +1,4 @@
-"""A rollout that is killed at any request, and continued by another process, ends the same and changes nothing twice."""
+"""A rollout that is killed at any request and continued by another process ends the same, and changes nothing twice."""
 
 from __future__ import annotations
 
@@ -153,6 +153,29 @@ async def test_two_processes_of_one_task_at_once(kind):
         # One of them came to an end, and what it says is so.
         verdict = state.rollout["finished"]["verdict"]
         assert world.split() == {"2" if verdict == "PROMOTE" else "1": 100}, seed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_whoever_has_lost_the_claim_changes_nothing_more(kind):
+    """At every request of a change the claim may be taken; only a request that is on its way gets through."""
+    kinds = ("HTTPRoute", "InferenceService")
+    for fatal in range(1, 12):
+        world = World(KubeApi(), kind)
+        await world.rolling(5)
+        old = world.target(MemoryClient(world.api))
+        taken: list[int] = []
+
+        async def take(number: int, world: World = world, fatal: int = fatal, taken: list[int] = taken) -> None:
+            if number == fatal:
+                taken.append(number)
+                world.time.now += 61
+                await world.target(MemoryClient(world.api)).claim("another", 60)
+
+        pausing(old, take)
+        with contextlib.suppress(ConcurrentChangeError):
+            await old.split("2", 25, note())
+        numbers = [number for number, (found, _, _) in old.client.log if found in kinds]
+        assert all(number <= fatal for number in numbers), (fatal, numbers)
 
 
 def pausing(target: KubernetesTarget, between: Any) -> None:

@@ -170,7 +170,7 @@ async def test_a_release_without_weights_is_told():
     await target.deploy("1", uri("1"))
     await target.claim(OWNER, 60)
     await target.load("2", uri("2"))
-    with pytest.raises(InvalidInputError, match="KServe release without canary weights in Standard mode.*Upgrade"):
+    with pytest.raises(InvalidInputError, match=r"KServe release without canary weights in Standard mode.*Upgrade"):
         await target.split("2", 5, note())
     # The status says 5, the route says the truth.
     assert isvc(world)["status"]["canaryStatuses"][0]["trafficPercent"] == 5
@@ -218,7 +218,12 @@ async def test_the_old_version_stays_warm_until_the_clean_up():
 
 async def test_what_only_a_stable_predictor_may_have_moves_with_the_role():
     world = World(KubeApi(), "standard")
-    template = {"maxReplicas": 4, "scaleMetric": "cpu", "minReplicas": 2, "model": {"resources": {"limits": {"cpu": "1"}}}}
+    template = {
+        "maxReplicas": 4,
+        "scaleMetric": "cpu",
+        "minReplicas": 2,
+        "model": {"resources": {"limits": {"cpu": "1"}}},
+    }
     target = world.target(config={"predictor": template})
     await target.deploy("1", uri("1"))
     await target.claim(OWNER, 60)
@@ -407,7 +412,9 @@ async def test_a_canary_that_nobody_renews_is_ended_by_the_cluster(kind):
     await target.renew(OWNER, 60, note(judge="state"))
     await target.split("2", 25, note(judge="state"))
     assert world.split() == {"1": 75, "2": 25}
+    assert await dog.expire(number, 60)
     dog, number = dog_of(world, 2)
+    assert not await dog.expire(number, 60)
     await target.roll_back(OWNER, note(finished={}))
     waits = world.time.waits
     await watchdog.watch(dog, number, world.time.sleep)
