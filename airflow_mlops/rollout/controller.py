@@ -241,7 +241,8 @@ async def prepare(
             "began": hands.clock(),
         }
     progress = _Progress.of(judge, annotation)
-    if state.canary != spec.version:
+    # Whoever loaded it may have died before it was up.
+    if state.canary != spec.version or "canary" not in state.ready:
         try:
             await _keeping(target, spec, target.load(spec.version, spec.uri))
         except InvalidInputError as error:
@@ -254,11 +255,14 @@ async def prepare(
 
 
 async def _serving(target: Target, spec: RolloutSpec, hands: Hands) -> TargetState:
-    """The target's state once stable serves: after a deployment or a restart that takes a moment."""
+    """The target's state once it serves: after a deployment or a restart that takes a moment.
+
+    A kill in the middle of a promotion may have left all traffic with the canary.
+    """
     deadline = hands.clock() + spec.startup_timeout
     while True:
         state = await _look(target)
-        if isinstance(state, TargetState) and "stable" in state.ready:
+        if isinstance(state, TargetState) and ("stable" in state.ready or (state.weight and "canary" in state.ready)):
             return state
         if hands.clock() > deadline:
             problem = state if isinstance(state, str) else state.problem or "its stable version is not ready"
@@ -291,7 +295,13 @@ async def _only_version(target: Target, spec: RolloutSpec) -> dict[str, Any]:
 
 async def finish(target: Target, spec: RolloutSpec, result: Mapping[str, Any]) -> None:
     """Make the verdict last: the promoted version becomes stable, any other loses its traffic at once."""
-    note = {"owner": spec.owner, "model": spec.model, "version": spec.version, "finished": dict(result)}
+    note = {
+        "owner": spec.owner,
+        "attempt": spec.attempt,
+        "model": spec.model,
+        "version": spec.version,
+        "finished": dict(result),
+    }
     if result["verdict"] == PROMOTE:
         await target.promote(note)
     else:
