@@ -34,6 +34,8 @@ class DriftEvidence:
     :param state: :meth:`state` of an earlier one
     """
 
+    per_request = False
+
     def __init__(self, guardrail: Guardrail, state: Mapping[str, Any] | None = None) -> None:
         self.guardrail = guardrail
         state = state or {}

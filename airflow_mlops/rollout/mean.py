@@ -21,6 +21,8 @@ class MeanEvidence:
     :param state: :meth:`state` of an earlier one
     """
 
+    per_request = False
+
     def __init__(self, guardrail: Guardrail, state: Mapping[str, Any] | None = None) -> None:
         self.guardrail = guardrail
         state = state or {}
@@ -36,9 +38,9 @@ class MeanEvidence:
         """Nothing to fix."""
 
     def reading(self, counters: Mapping[str, Any]) -> list[float] | None:
-        """Cumulative (n, sum, sum of squares) of one replica, to 12 digits."""
+        """Cumulative (n, sum, sum of squares) of one replica, to 10 digits."""
         moments = (counters.get("moments") or {}).get(self.guardrail.metric)
-        return None if moments is None else [moments[0], *(float(f"{value:.12g}") for value in moments[1:])]
+        return None if moments is None else [moments[0], *(float(f"{value:.10g}") for value in moments[1:])]
 
     def add(self, stable: Sequence[Part], canary: Sequence[Part]) -> None:
         """Take in one look of both arms."""

@@ -99,11 +99,11 @@ class ReplicaTallies:
         return {"arms": self.arms}
 
     def add(self, arm: int, replica: int, first: float, second: float) -> None:
-        """Add to a replica's two numbers, which are kept to 7 digits."""
+        """Add to a replica's two numbers, which are kept to 6 digits."""
         if replica >= MAX_REPLICAS:
             return
         rows = self.arms[arm]
         while len(rows) <= replica:
             rows.append([0, 0])
         row = rows[replica]
-        row[0], row[1] = float(f"{row[0] + first:.7g}"), float(f"{row[1] + second:.7g}")
+        row[0], row[1] = float(f"{row[0] + first:.6g}"), float(f"{row[1] + second:.6g}")
