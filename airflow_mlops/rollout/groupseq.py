@@ -103,13 +103,14 @@ class PlannedTest:
         """
         fraction = min(plan.fraction, 1.0)
         due = int(fraction * plan.looks + 1e-9) > int((self.fractions or [0.0])[-1] * plan.looks + 1e-9)
-        grown = all(now > (seen or [0.0])[-1] * 1.001 for (_, now), seen in zip(statistics, self.information))
-        if due and grown:
+        if due and all(now > 0 for _, now in statistics):
             self.fractions.append(round(fraction, 6))
             numbers: dict[str, Any] = {"planned_look": len(self.fractions), "sample": round(fraction, 4)}
             for index, (name, error) in enumerate((("harm", terms.alpha), ("ok", terms.beta))):
                 z, information = statistics[index]
-                self.information[index].append(float(f"{information:.7g}"))
+                # What replicas are thought to differ by may have grown since: a look costs all the same.
+                least = self.information[index][-1] * 1.001 if self.information[index] else 0.0
+                self.information[index].append(float(f"{max(information, least):.7g}"))
                 bound = boundaries(tuple(self.information[index]), tuple(self.fractions), error)[-1]
                 self.shown[index] = self.shown[index] or z >= bound
                 numbers |= {f"z_{name}": round(z, 3), f"z_{name}_needed": round(bound, 3)}
