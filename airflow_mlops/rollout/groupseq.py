@@ -141,13 +141,13 @@ class ScoreTest:
             row[0] = round(row[0] + events[1] - total * chance, 6)
             row[1] = round(row[1] + total * chance * (1 - chance), 6)
 
-    def look(self, plan: Plan, variance: float, terms: Terms) -> tuple[bool, bool, dict[str, Any]]:
+    def look(self, plan: Plan, variances: tuple[float, float], terms: Terms) -> tuple[bool, bool, dict[str, Any]]:
         """See :meth:`PlannedTest.look`.
 
-        :param variance: of the difference that replicas make by themselves, on the logarithm of the ratio
+        :param variances: of the difference that replicas make by themselves, on the logarithm of the ratio
         """
         statistics = []
-        for (score, information), sign in zip(self.sums, (1, -1)):
+        for (score, information), sign, variance in zip(self.sums, (1, -1), variances):
             # Replicas' own effects add information^2 * variance to the score's variance.
             sd = math.sqrt(information + information * information * variance)
             statistics.append((sign * score / sd if sd else 0.0, information / (1 + information * variance)))

@@ -62,11 +62,9 @@ class MeanEvidence:
             return abs(estimate)
         return -estimate if self.guardrail.higher_is_better else estimate
 
-    def _extra(self, terms: Terms) -> float:
-        """Variance of the difference that the replicas make by themselves."""
-        dispersion = self.difference.dispersion()
-        least = (terms.replica_sd * self.difference.stable_mean) ** 2
-        return max(dispersion.variance_bound(), least) * dispersion.uneven
+    def _extra(self, terms: Terms) -> tuple[float, float]:
+        """Variance of the difference that the replicas make by themselves, for harm and for no inferiority."""
+        return self.difference.dispersion().of_difference(terms.replica_sd * self.difference.stable_mean)
 
     def account(self, terms: Terms) -> dict[str, Any]:
         """Status and numbers at this look."""
@@ -80,8 +78,8 @@ class MeanEvidence:
             for m in (guardrail.harm_margin, guardrail.margin)
         ]
         alpha = terms.alpha / 2 if guardrail.kind == "score" else terms.alpha
-        least = worse - radius(variances[0], difference.weight, extra, -math.log(alpha), BEST_AT)
-        most = worse + radius(variances[1], difference.weight, extra, -math.log(terms.beta), BEST_AT)
+        least = worse - radius(variances[0], difference.weight, extra[0], -math.log(alpha), BEST_AT)
+        most = worse + radius(variances[1], difference.weight, extra[1], -math.log(terms.beta), BEST_AT)
         numbers = {
             "stable": round(difference.totals[0][1] / difference.totals[0][0], 6),
             "canary": round(difference.totals[1][1] / difference.totals[1][0], 6),
@@ -94,7 +92,7 @@ class MeanEvidence:
         if terms.plan is None:
             harm, fine, lost = least > harm_at, most < margin, worse >= margin
         else:
-            sds = [math.sqrt(variance / difference.weight + extra) for variance in variances]
+            sds = [math.sqrt(variance / difference.weight + own) for variance, own in zip(variances, extra)]
             split = Terms(alpha, terms.beta)
             statistics = [((worse - harm_at) / sds[0], sds[0] ** -2), ((margin - worse) / sds[1], sds[1] ** -2)]
             harm, fine, planned = self.planned.look(terms.plan, statistics, split)
@@ -119,7 +117,7 @@ class MeanEvidence:
         if not difference.usable():
             return {"effect": "difference of means", "estimate": None, "interval": None}
         half = radius(
-            difference.pair_variance(), difference.weight, self._extra(terms), -math.log(terms.beta / 2), BEST_AT
+            difference.pair_variance(), difference.weight, max(self._extra(terms)), -math.log(terms.beta / 2), BEST_AT
         )
         estimate = difference.estimate
         return {

@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from airflow_mlops.rollout.replicas import SPREADS, Dispersion
+from airflow_mlops.rollout.replicas import FEW, SPREADS, Dispersion
 
 WORSE = ((1.06, 0.01), (1.2, 0.02), (1.65, 0.49), (4.0, 0.46), (12.0, 0.02))
 BETTER = ((0.1, 0.02), (0.3, 0.04), (0.7, 0.84), (0.8, 0.08), (0.95, 0.02))
@@ -31,7 +31,6 @@ FEW_REPLICAS = (0.3, 0.1, 0.15, 0.17, 0.2, 0.15, 0.05, 0.02, 0.01)
 """Priors of each of ``SPREADS``: of the alternatives; of a canary at the harm margin, trusting, as one that is equal
 has that margin to spare and a single bad replica is looked for besides; of one at the margin, cautious, as promoting it
 is what must not happen; and of the latter, weighing more than 1, where so few replicas tell little of their spread."""
-FEW = 4
 PRIORS = {few: np.array([LIKELY, TRUSTING, LIKELY, FEW_REPLICAS if few else CAUTIOUS]) for few in (False, True)}
 SQUARES = np.array(SPREADS) ** 2
 LADDER = 1.1

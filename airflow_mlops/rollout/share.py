@@ -163,7 +163,7 @@ class ShareEvidence:
         """Evidence that the canary's share is below what is acceptable whatever stable's is."""
         if self.guardrail.tolerance <= 0:
             return -math.inf
-        variance = max(dispersion.variance_bound(), terms.replica_sd**2) * dispersion.uneven
+        variance = dispersion.of_difference(terms.replica_sd)[1]
         bound = self.guardrail.tolerance * math.exp(-2 * math.sqrt(variance))
         return log_e_rate_below(self.events[1], self.trials[1], bound)
 
@@ -186,8 +186,7 @@ class ShareEvidence:
     def _planned_tests(
         self, terms: Terms, plan: Plan, dispersion: Dispersion, below: float
     ) -> tuple[bool, bool, dict[str, Any]]:
-        variance = max(dispersion.variance_bound(), terms.replica_sd**2) * dispersion.uneven
-        harm, ok, numbers = self.planned.look(plan, variance, terms)
+        harm, ok, numbers = self.planned.look(plan, dispersion.of_difference(terms.replica_sd), terms)
         return harm, ok or below >= math.log(1 / terms.beta), numbers
 
     def _harm_of_requests(self, terms: Terms) -> bool:
