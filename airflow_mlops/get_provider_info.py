@@ -12,6 +12,7 @@ _SYSTEMS = {
     "DVC": "https://dvc.org/doc",
     "Evidently": "https://docs.evidentlyai.com/",
     "Ray Serve": "https://docs.ray.io/en/latest/serve/",
+    "Prometheus": "https://prometheus.io/docs/",
 }
 
 
@@ -45,7 +46,7 @@ def get_provider_info() -> dict[str, Any]:
                 "Feast": ["feast"],
                 "MLflow": ["mlflow", "gate"],
                 "DVC": ["dvc"],
-                "Ray Serve": ["canary"],
+                "Ray Serve": ["canary", "rollback"],
             },
         ),
         "sensors": _modules("sensors", {"Evidently": ["drift"]}),
@@ -58,18 +59,23 @@ def get_provider_info() -> dict[str, Any]:
                 "MLflow": ["mlflow"],
                 "DVC": ["dvc"],
                 "Ray Serve": ["ray_serve"],
+                "Prometheus": ["prometheus"],
             },
         ),
         "triggers": _modules(
             "triggers", {"Ray": ["ray"], "KubeRay": ["kuberay"], "Evidently": ["drift"], "Ray Serve": ["canary"]}
         ),
         "task-decorators": [{"name": "ray_train", "class-name": "airflow_mlops.decorators.ray.ray_train_task"}],
-        "notifications": ["airflow_mlops.notifications.drift.DriftNotifier"],
+        "notifications": [
+            "airflow_mlops.notifications.drift.DriftNotifier",
+            "airflow_mlops.notifications.rollout.RolloutNotifier",
+        ],
         "extra-links": [
             "airflow_mlops.links.RayDashboardLink",
             "airflow_mlops.links.GrafanaLink",
             "airflow_mlops.links.MlflowRunLink",
             "airflow_mlops.links.ReportLink",
+            "airflow_mlops.links.RolloutReportLink",
         ],
         "connection-types": [
             {
@@ -159,6 +165,31 @@ def get_provider_info() -> dict[str, Any]:
                 "ui-field-behaviour": {
                     "hidden-fields": ["schema", "port", "extra"],
                     "relabeling": {"login": "S3 access key", "password": "S3 secret key"},
+                },
+            },
+            {
+                "connection-type": "prometheus",
+                "hook-class-name": "airflow_mlops.hooks.prometheus.PrometheusHook",
+                "hook-name": "Prometheus",
+                "conn-fields": {
+                    "path_prefix": _field("Path", "Before /api/v1, for example prometheus of a Mimir"),
+                    "org_id": _field("Tenant", "X-Scope-OrgID of Mimir, Cortex or Thanos"),
+                    "verify": _field("TLS verification", "true, false or the path of a CA bundle; true if empty"),
+                    "headers": _field("Headers", "JSON object of further request headers", secret=True),
+                    "timeout": _field("Timeout", "Seconds for one query; 10 if empty"),
+                },
+                "ui-field-behaviour": {
+                    "hidden-fields": ["extra"],
+                    "relabeling": {
+                        "host": "Server URL",
+                        "schema": "http or https",
+                        "login": "User",
+                        "password": "Password or bearer token",
+                    },
+                    "placeholders": {
+                        "host": "http://prometheus.monitoring:9090",
+                        "password": "A bearer token if there is no user",
+                    },
                 },
             },
         ],

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 RAY_ATTEMPT = "ray_attempt"
 #: XCom key of an address in MLflow's web interface.
 MLFLOW_URL = "mlflow_url"
+#: XCom key of the address of a rollout's report, pushed before a rollback fails or skips the task.
+ROLLOUT_REPORT = "rollout_report"
 
 
 class RayDashboardLink(BaseOperatorLink):
@@ -68,8 +70,25 @@ class ReportLink(BaseOperatorLink):
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
         """The link, empty before there is a report."""
         result = _result(ti_key)
-        uri = str(result.get("html_uri") or result.get("report_uri") or "")
-        return f"file://{uri}" if uri.startswith("/") else uri
+        return _address(result.get("html_uri") or result.get("report_uri"))
+
+
+class RolloutReportLink(BaseOperatorLink):
+    """A rollout's report: XCom ``rollout_report``, else of the task's result ``html_uri``, or the run in MLflow that
+    has it.
+    """
+
+    name = "Rollout report"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """The link, empty before there is a verdict."""
+        pushed, result = XCom.get_value(ti_key=ti_key, key=ROLLOUT_REPORT), _result(ti_key)
+        return _address(pushed or result.get("html_uri") or result.get(MLFLOW_URL))
+
+
+def _address(uri: Any) -> str:
+    """What a browser opens; a path is a file."""
+    return f"file://{uri}" if str(uri or "").startswith("/") else str(uri or "")
 
 
 def _result(ti_key: TaskInstanceKey) -> dict[str, Any]:

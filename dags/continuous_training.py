@@ -229,13 +229,14 @@ with DAG(
             columns=month_set.output["features"],
             predictions_uri=score.output["predictions_uri"],
             prediction_column="champion",
+            scores_column="champion",
             policy={"calendar_columns": list(CALENDAR_BOUND)},
             harm_policy=HARM,
             retrain_on=planned["retrain_on"],
             on_stable=planned["on_stable"],
             report_dir=planned["drift_dir"],
             doc_md="Retrains on harm: a loss or calibration worse than the champion's own reference, with a stated "
-            "error rate. Drift of the features is shown as evidence.",
+            "error rate. Drift of the features is shown as evidence, and so is what the scores alone let expect.",
         )
 
     with TaskGroup("train", tooltip="A challenger, and whether it is better than the champion") as train:

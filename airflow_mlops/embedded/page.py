@@ -11,31 +11,14 @@ from typing import Any
 from airflow_mlops import storage
 from airflow_mlops.embedded import charts, summary
 from airflow_mlops.embedded.summary import MonthSummary
+from airflow_mlops.page import document
 
 _STYLE = """
-:root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1c1d21;--muted:#62656e;--rule:#e3e4e8;
---champion:#1f6feb;--frozen:#d9660a;--rate:#7c8aa5;--good:#1a7f45;--bad:#c4302b;--warn:#94620a;--chip:#eef0f3}
-@media (prefers-color-scheme:dark){:root{--bg:#131519;--card:#1b1e24;--ink:#e8e9ec;--muted:#9ba0ab;--rule:#2e323a;
---champion:#6ea8fe;--frozen:#ff9d57;--rate:#8390a8;--good:#56c98a;--bad:#ff7b74;--warn:#e3b556;--chip:#272b33}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);
-font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1240px;margin:0 auto;padding:36px 24px 72px}h1{font-size:27px;line-height:1.25;margin:0 0 8px}
-h2{font-size:19px;margin:40px 0 12px}h3{font-size:15px;margin:0 0 8px}p{margin:0 0 10px;max-width:76ch}
-.muted{color:var(--muted)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:22px 0}
-.tile,.card{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:16px 18px}
-.tile b{display:block;font-size:26px;line-height:1.2;font-weight:650}.tile span{color:var(--muted);font-size:13px}
+:root{--frozen:var(--challenger);--rate:#7c8aa5}@media (prefers-color-scheme:dark){:root{--rate:#8390a8}}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:16px}
-svg{width:100%;height:auto;display:block}.grid{stroke:var(--rule)}.tick,.value{fill:var(--muted);font-size:12px}
+.grid{stroke:var(--rule)}.tick,.value{fill:var(--muted);font-size:12px}
 .name{font-size:13px;font-weight:600}.dot{stroke:var(--card);stroke-width:1.5}
 .promoted{stroke:var(--good);stroke-dasharray:4 4;stroke-width:1.5}
-.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:10px}
-table{border-collapse:collapse;width:100%;font-size:13.5px}th,td{padding:7px 8px;text-align:left;white-space:nowrap;
-border-bottom:1px solid var(--rule)}tr:last-child td{border-bottom:0}
-th{color:var(--muted);font-weight:600;font-size:13px;white-space:normal;vertical-align:bottom}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-.chip{display:inline-block;padding:1px 9px;border-radius:99px;background:var(--chip);font-size:13px;font-weight:600}
-.good{color:var(--good)}.bad{color:var(--bad)}.warn{color:var(--warn)}
 details{background:var(--card);border:1px solid var(--rule);border-radius:10px;margin:10px 0}
 summary{cursor:pointer;padding:12px 18px;font-weight:600}summary .chip{margin-left:8px}
 details>div{padding:2px 18px 16px}
@@ -44,7 +27,7 @@ details>div{padding:2px 18px 16px}
 .facts{width:auto}
 .facts td,.facts th{padding:3px 10px 3px 0;white-space:normal;
 border:0;vertical-align:top;overflow-wrap:anywhere}
-.facts td:first-child{color:var(--muted);white-space:nowrap}ul{margin:0 0 10px;padding-left:20px}
+.facts td:first-child{color:var(--muted);white-space:nowrap}
 """
 _TONES = {
     "harm": "bad", "drift": "warn", "stable": "good", "passed": "good", "lost": "bad",
@@ -92,12 +75,7 @@ def render(months: Sequence[MonthSummary]) -> str:
             *[_details(months, index) for index in range(len(months))],
         ]
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<title>Continuous training: the demo</title>"
-        f"<style>{_STYLE}</style></head><body><main>{body}</main></body></html>"
-    )
+    return document("Continuous training: the demo", body, _STYLE)
 
 
 def _number(value: Any, digits: int = 4) -> str:
@@ -202,11 +180,13 @@ def _drift_and_loss(months: Sequence[MonthSummary]) -> str:
         own = (tests.get("log_loss") or {}).get("change")
         cells = [
             (month.month, ""), (_chip(month.verdict), ""), (str(_drifted(month)), "n"), (_number(value), "n"),
-            (_signed(change), "n"), (_signed(own), "n"), (escape(", ".join(month.columns)) or "–", ""),
+            (_signed(change), "n"), (_signed(own), "n"), (_expected_auc(month), "n"),
+            (_number(month.champion.auc, 3), "n"), (escape(", ".join(month.columns)) or "–", ""),
         ]  # fmt: skip
         rows.append("<tr>" + "".join(f'<td class="{kind}">{text}</td>' for text, kind in cells) + "</tr>")
     heads = [("month", ""), ("verdict", ""), ("drifted columns", "n"), ("log loss frozen", "n")]
-    heads += [("against its first month", "n"), ("log loss champion against its reference", "n"), ("which", "")]
+    heads += [("against its first month", "n"), ("log loss champion against its reference", "n")]
+    heads += [("AUC champion, expected before labels came", "n"), ("AUC champion, seen", "n"), ("which", "")]
     head = "".join(f'<th class="{kind}">{text}</th>' for text, kind in heads)
     return (
         f"<p>{escape(_telling(months))} Columns that move with the calendar, such as the weather, are not counted.</p>"
@@ -214,6 +194,15 @@ def _drift_and_loss(months: Sequence[MonthSummary]) -> str:
         f'</div><div class="card"><h3>Log loss of the frozen model, lower is better</h3>{loss}</div></div>'
         f'<div class="scroll" style="margin-top:16px"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
     )
+
+
+def _expected_auc(month: MonthSummary) -> str:
+    """What the scores alone let expect, with its interval."""
+    estimate = (month.ledger.get("drift") or {}).get("estimate") or {}
+    auc = (estimate.get("metrics") or {}).get("auc")
+    if not auc:
+        return "–"
+    return f"{_number(auc['value'], 3)} ({_number(auc['low'], 3)} to {_number(auc['high'], 3)})"
 
 
 def _drifted(month: MonthSummary) -> int:

@@ -226,6 +226,11 @@ class MlflowHook(BaseHook):
         versions = sorted(int(known.version) for known in self._versions(f"name={_quoted(name)}"))
         raise RegistryError(f"{name} has no version {version}; it has {versions[-5:] if versions else 'none'}")
 
+    def newest_version(self, name: str) -> Any | None:
+        """The ``ModelVersion`` with the highest number; None when the model has none."""
+        found = self._versions(f"name = {_quoted(name)}")
+        return max(found, key=lambda version: int(version.version), default=None)
+
     def versions_tagged(self, name: str, tag: str, value: str) -> list[Any]:
         """The versions of ``name`` whose tag is ``value``, oldest first."""
         found = self._versions(f"name={_quoted(name)} and tags.`{tag}`={_quoted(value)}")
@@ -299,7 +304,7 @@ class MlflowHook(BaseHook):
         from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
-        location = self._artifact_location(uri)
+        location = self.artifact_location(uri)
         if is_local(location):
             path = local_path(location)
             if not os.path.isdir(path):
@@ -311,7 +316,30 @@ class MlflowHook(BaseHook):
             except MlflowException as error:
                 raise self._unreachable(error) from error
 
-    def _artifact_location(self, uri: str) -> str:
+    def mlmodel(self, uri: str) -> dict[str, Any]:
+        """What the ``MLmodel`` file of the model at ``uri`` says, without the rest of the model.
+
+        :raises RegistryError: no such model, version or alias
+        :raises InvalidInputError: no such file is stored there
+        """
+        import yaml
+        from mlflow.artifacts import load_text
+        from mlflow.exceptions import MlflowException
+
+        location = self.artifact_location(uri)
+        try:
+            with self.session():
+                return yaml.safe_load(load_text(f"{location.rstrip('/')}/MLmodel"))
+        except (MlflowException, OSError) as error:
+            raise InvalidInputError(
+                f"there is no MLmodel file at {location} (from {uri!r}): {error}; give the folder of an MLflow model"
+            ) from error
+
+    def artifact_location(self, uri: str) -> str:
+        """Where the model at ``uri`` lies: ``models:/`` and ``runs:/`` resolved, anything else as it is.
+
+        :raises RegistryError: no such model, version or alias
+        """
         if uri.startswith("models:/"):
             name, version = self.resolve(uri)
             if version is None:
@@ -399,6 +427,17 @@ class MlflowHook(BaseHook):
             if found:
                 return min(found, key=lambda run: (run.info.start_time, run.info.run_id))
             return self.client.create_run(experiment_id, run_name=name, tags={**tags, "mlops.run_key": key})
+
+    def run_url(self, experiment: str, run_id: str) -> str | None:
+        """A run's address in MLflow's web interface, without user and password; None where the store is no server."""
+        from urllib.parse import urlsplit
+
+        url = urlsplit(self.tracking_uri)
+        if url.scheme not in ("http", "https"):
+            return None
+        place = url.netloc.rpartition("@")[2]
+        path = url.path.rstrip("/")
+        return f"{url.scheme}://{place}{path}/#/experiments/{self.experiment_id(experiment)}/runs/{run_id}"
 
     @staticmethod
     def _unreachable(error: Exception) -> ExternalSystemError:

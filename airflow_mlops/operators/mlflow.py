@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError, RegistryError
-from airflow_mlops.hooks.mlflow import MlflowHook, alias_tag
+from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError, RegistryError
+from airflow_mlops.operators._alias import compare_and_set, move_alias
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail
 from airflow_mlops.storage import join, read_bytes, write_json
@@ -47,7 +47,8 @@ class MlflowRegisterOperator(MlflowBaseOperator):
 
     The version's tags: ``mlops.run_key``, ``mlops.window_start``, ``mlops.window_end``, ``mlops.dataset_uri``,
     ``mlops.dataset_md5``, ``mlops.profile_uri`` (profile of the training set), ``mlops.loss_reference_uri`` (losses on
-    the gate's hold-out), ``mlops.gate``, ``mlops.gate_uri``, and those given.
+    the gate's hold-out), ``mlops.performance_uri`` (what estimates its performance without labels, where the hold-out
+    has enough rows), ``mlops.gate``, ``mlops.gate_uri``, and those given.
 
     :param model_name: registered model (templated)
     :param training: the result of ``RayTrainOperator``: ``run_key``, ``model_uri``, ``metrics``, seconds (templated)
@@ -65,7 +66,7 @@ class MlflowRegisterOperator(MlflowBaseOperator):
     :param window_end: first instant after it (templated)
     :param tags: further tags of the version (templated)
     :param experiment: MLflow experiment; None for the model's name (templated)
-    :param evidence_uri: folder for the profile and the loss reference; None for the run's artifacts. Needed where
+    :param evidence_uri: folder for profile, loss reference and estimator; None for the run's artifacts. Needed where
         only the MLflow server can read artifacts (templated)
     :param alias: set on the version, unless a later version has it; None for none (templated)
     :param mlflow_conn_id: connection of type ``mlflow``
@@ -233,7 +234,9 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             found["profile"] = Profile.of(source, columns=columns, categorical=categorical).to_json()
             self._log_dataset(run, papers, found["profile"]["digest"])
         if not is_blank(predictions):
-            found["loss_reference"] = _loss_reference(str(predictions))
+            held_out = _held_out(str(predictions))
+            found["loss_reference"] = _loss_reference(held_out)
+            found |= self._performance(held_out)
         if is_blank(self.evidence_uri):
             folder = join(run.info.artifact_uri, "evidence")
         else:
@@ -244,6 +247,19 @@ class MlflowRegisterOperator(MlflowBaseOperator):
                 "folder that every worker can read"
             )
         return {f"mlops.{name}_uri": write_json(join(folder, f"{name}.json"), item) for name, item in found.items()}
+
+    def _performance(self, held_out: Any) -> dict[str, Any]:
+        """The estimator of performance without labels; a hold-out that cannot carry one costs only that."""
+        from airflow_mlops.drift.performance import CalibratedEstimate
+
+        try:
+            estimator = CalibratedEstimate.fit(held_out["challenger"].to_numpy(), held_out["label"].to_numpy())
+        except DataError as error:
+            self.log.warning("no estimator of performance without labels is kept: %s", error)
+            return {}
+        for warning in estimator.warnings:
+            self.log.warning("performance without labels: %s", warning)
+        return {"performance": estimator.to_json()}
 
     def _log_dataset(self, run: Any, papers: _Papers, digest: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -280,14 +296,21 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             self.hook.client.set_registered_model_alias(self.model_name, self.alias, version.version)
 
 
-def _loss_reference(predictions_uri: str) -> Any:
+def _held_out(predictions_uri: str) -> Any:
+    """The gate's predictions in the order of time."""
+    import pandas as pd
+
+    frame = pd.read_parquet(predictions_uri, columns=["event_timestamp", "label", "challenger"])
+    return frame.sort_values("event_timestamp", kind="stable")
+
+
+def _loss_reference(held_out: Any) -> Any:
     import pandas as pd
 
     from airflow_mlops.drift.harm import LossReference
 
-    frame = pd.read_parquet(predictions_uri, columns=["event_timestamp", "label", "challenger"])
-    day = pd.to_datetime(frame["event_timestamp"], utc=True).dt.strftime("%Y-%m-%d")
-    return LossReference.of(frame["label"].to_numpy(), frame["challenger"].to_numpy(), day.to_numpy()).to_json()
+    day = pd.to_datetime(held_out["event_timestamp"], utc=True).dt.strftime("%Y-%m-%d")
+    return LossReference.of(held_out["label"].to_numpy(), held_out["challenger"].to_numpy(), day.to_numpy()).to_json()
 
 
 def _file_name(key: str) -> str:
@@ -353,7 +376,9 @@ class MlflowPromoteOperator(MlflowBaseOperator):
                     f"{self.model_name} version {version} was rolled back; delete its tag {ROLLED_BACK!r} to allow it"
                 )
             with self.hook.lease(self.model_name):
-                changed = self._compare_and_set(version, expected)
+                changed = compare_and_set(
+                    self.hook, self.model_name, self.alias, version, expected, previous_alias=self.previous_alias
+                )
             result = {
                 "name": self.model_name,
                 "version": version,
@@ -365,40 +390,6 @@ class MlflowPromoteOperator(MlflowBaseOperator):
             for asset in self.outlets or ():
                 context["outlet_events"][asset].extra = dict(result)
             return result
-
-    def _compare_and_set(self, version: str, expected: str | None) -> bool:
-        holder = self.hook.version_by_alias(self.model_name, self.alias, missing_ok=True)
-        current = None if holder is None else str(holder.version)
-        if current == version:
-            # An earlier try may have died before it left the record that tells a lost champion from none.
-            self.hook.client.set_registered_model_tag(self.model_name, alias_tag(self.alias), version)
-            return False
-        if current != expected:
-            raise ConcurrentChangeError(
-                f"{self.alias} of {self.model_name} is version {current or 'none'}, but this promotion was decided "
-                f"against {expected or 'none'}; somebody else moved it. Run the gate again against the new champion."
-            )
-        move_alias(self.hook, self.model_name, self.alias, version, keep=(self.previous_alias, expected))
-        return True
-
-
-def move_alias(hook: MlflowHook, name: str, alias: str, version: str, keep: tuple[str, str | None]) -> None:
-    """Point ``alias`` to ``version`` and check that it stayed; ``keep`` is the alias and version to go back to.
-
-    :raises ConcurrentChangeError: it was moved elsewhere at once
-    """
-    previous_alias, previous = keep
-    if previous is not None:
-        # First, so that a task that dies in between leaves a way back.
-        hook.client.set_registered_model_alias(name, previous_alias, previous)
-    hook.client.set_registered_model_alias(name, alias, version)
-    hook.client.set_registered_model_tag(name, alias_tag(alias), version)
-    holder = hook.version_by_alias(name, alias)
-    if holder is None or str(holder.version) != version:
-        raise ConcurrentChangeError(
-            f"{alias} of {name} was set to {version} and is {holder.version if holder else 'gone'}: somebody moves it "
-            "by other means; look at the registry before you clear this task"
-        )
 
 
 class MlflowRollbackOperator(MlflowBaseOperator):
@@ -436,13 +427,7 @@ class MlflowRollbackOperator(MlflowBaseOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail(), self.hook.lease(self.model_name):
             client, name, key = self.hook.client, self.model_name, task_key(context)
-            begun = self.hook.versions_tagged(name, ROLLED_BACK, key)
-            if begun:
-                bad, good = str(begun[0].version), begun[0].tags["mlops.rolled_back_to"]
-            else:
-                bad, good = self._plan()
-                client.set_model_version_tag(name, bad, "mlops.rolled_back_to", good)
-                client.set_model_version_tag(name, bad, ROLLED_BACK, key)
+            bad, good = self._decided(key)
             champion = self.hook.version_by_alias(name, self.alias)
             current = None if champion is None else str(champion.version)
             changed = current == bad
@@ -456,6 +441,17 @@ class MlflowRollbackOperator(MlflowBaseOperator):
             for asset in self.outlets or ():
                 context["outlet_events"][asset].extra = {"name": name, "version": good, "rolled_back": bad}
             return {"name": name, "version": good, "rolled_back": bad, "alias": self.alias, "changed": changed}
+
+    def _decided(self, key: str) -> tuple[str, str]:
+        """The version to leave and the one to return to, on record from here on; the caller holds the lease."""
+        client, name = self.hook.client, self.model_name
+        begun = self.hook.versions_tagged(name, ROLLED_BACK, key)
+        if begun:
+            return str(begun[0].version), begun[0].tags["mlops.rolled_back_to"]
+        bad, good = self._plan()
+        client.set_model_version_tag(name, bad, "mlops.rolled_back_to", good)
+        client.set_model_version_tag(name, bad, ROLLED_BACK, key)
+        return bad, good
 
     def _plan(self) -> tuple[str, str]:
         """The version to leave and the one to return to."""

@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from airflow_mlops.rollout import words
 from airflow_mlops.rollout.judge import Verdict
 
-
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}"
+_HEADS = ("guardrail", "status", "stable", "canary", "measured", "evidence")
+#: Columns of numbers.
+_RIGHT = (2, 3)
+_NAME = 32
 
 
 def look_table(verdict: Verdict) -> str:
-    """One look: verdict and reasons, then a row per guardrail."""
+    """One look: verdict and reasons, then a row per guardrail with the numbers of both arms and the evidence."""
+    rows = [
+        (
+            _short(name),
+            str(account.get("status")),
+            *(words.level(account, account.get(arm)) for arm in ("stable", "canary")),
+            words.measured(account),
+            words.evidence(account),
+        )
+        for name, account in verdict.guardrails.items()
+    ]
     lines = [
         f"look {verdict.look}: {verdict.decision}, canary weight {verdict.weight:g} %, "
-        f"{verdict.requests.get('stable', 0)} stable and {verdict.requests.get('canary', 0)} canary requests",
+        f"{verdict.requests.get('stable', 0):,} stable and {verdict.requests.get('canary', 0):,} canary requests",
         *(f"  {reason}" for reason in verdict.reasons),
-        f"  {'guardrail':<12}{'status':<9}{'stable':>10}{'canary':>10}  evidence",
+        *(f"  {line}" for line in (_aligned([_HEADS, *rows]) if rows else [])),
     ]
-    for name, account in verdict.guardrails.items():
-        if "e_ok" in account:
-            evidence = (
-                f"harm {account['e_harm']:.3g} of {account['e_harm_needed']:.3g}, "
-                f"no harm {account['e_ok']:.3g} of {account['e_ok_needed']:.3g}"
-            )
-        elif "margin" in account:
-            least, most = account["worse_by_at_least"], account["worse_by_at_most"]
-            evidence = f"worse by {least:.4g} to {most:.4g}, margin {account['margin']:.4g}"
-        else:
-            evidence = "-"
-        stable, canary = _number(account["stable"]), _number(account["canary"])
-        lines.append(f"  {name:<12}{account['status']:<9}{stable:>10}{canary:>10}  {evidence}")
     return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    """A name that keeps the table one line per row."""
+    line = " ".join(name.split())
+    return line if len(line) <= _NAME else f"{line[: _NAME - 3]}..."
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in _RIGHT else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 class LookLog:

@@ -69,7 +69,7 @@ def to_mlflow(
     """``mlflow_run_id`` and ``mlflow_url`` of the run that the check was put into; None where it could not be."""
     try:
         run_id = record(hook, experiment, report, report_uri, report["html_uri"])
-        return {"mlflow_run_id": run_id, "mlflow_url": run_url(hook, experiment, run_id)}
+        return {"mlflow_run_id": run_id, "mlflow_url": hook.run_url(experiment, run_id)}
     except Exception:
         log.warning("the check could not be put into MLflow", exc_info=True)
         return {"mlflow_run_id": None, "mlflow_url": None}
@@ -156,15 +156,3 @@ def _numbers(report: Mapping[str, Any]) -> dict[str, float]:
         found |= {f"{test['name']}_reference": test["reference"], f"{test['name']}_current": test["current"]}
     found["score"] = (report["hysteresis"] or {}).get("score")
     return {name: float(value) for name, value in found.items() if value is not None}
-
-
-def run_url(hook: MlflowHook, experiment: str, run_id: str) -> str | None:
-    """A run's address in MLflow's web interface, without user and password; None where the store is no server."""
-    from urllib.parse import urlsplit
-
-    url = urlsplit(hook.tracking_uri)
-    if url.scheme not in ("http", "https"):
-        return None
-    place = url.netloc.rpartition("@")[2]
-    path = url.path.rstrip("/")
-    return f"{url.scheme}://{place}{path}/#/experiments/{hook.experiment_id(experiment)}/runs/{run_id}"

@@ -4,69 +4,101 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_mlops.exceptions import MlopsError
-from airflow_mlops.hooks.ray_serve import RayServeHook
+from airflow_mlops.hooks._rollout import RolloutPlace
+
+if TYPE_CHECKING:
+    from airflow_mlops.rollout.controller import Answer
+    from airflow_mlops.rollout.judge import Verdict
+
+
+class _PersonWantedError(Exception):
+    """A step waits for somebody who has not been asked yet."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__()
+        self.verdict = verdict
 
 
 class CanaryTrigger(BaseTrigger):
-    """Runs one rollout on Ray Serve to its verdict.
+    """Runs one rollout to its verdict.
 
-    Its event is ``{"status": "done", "result": ...}`` or ``{"status": "error", "error": ..., "retryable": ...}``. A
-    triggerer that dies leaves the rollout's state on the route, from where the next one continues; when none does,
-    the lease on the route runs out and stable has all traffic.
+    Its event is ``{"status": "done", "result": ...}``, ``{"status": "approval", "step": ..., "weight": ...}`` where a
+    worker has to ask somebody, or ``{"status": "error", "error": ..., "retryable": ..., "kept": ...}``. A triggerer
+    that dies leaves the rollout's state on the target, from where the next one continues; when none does, the lease on
+    the target runs out and stable has all traffic.
 
-    :param spec: :meth:`airflow_mlops.rollout.controller.RolloutSpec.to_json`
-    :param route: keyword arguments of :class:`airflow_mlops.rollout.targets.client.Route`, but for the client
-    :param ray_conn_id: connection of type ``ray``
-    :param serve_url: overrides the connection's ``serve_url``
+    :param spec: :meth:`airflow_mlops.rollout.spec.RolloutSpec.to_json`
+    :param place: :meth:`airflow_mlops.hooks._rollout.RolloutPlace.to_json`
+    :param finishing: whether a promotion is made to last here, or by the worker that takes over
+    :param before: what was last known of the rollout, for a target that has lost it
+    :param asked: index of the step somebody has been asked about
+    :param answer: what they said, :class:`airflow_mlops.rollout.controller.Answer` as a dictionary
     """
 
     def __init__(
         self,
         *,
         spec: dict[str, Any],
-        route: dict[str, Any],
-        ray_conn_id: str = RayServeHook.default_conn_name,
-        serve_url: str | None = None,
+        place: dict[str, Any],
+        finishing: bool = True,
+        before: dict[str, Any] | None = None,
+        asked: int | None = None,
+        answer: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.route = route
-        self.ray_conn_id = ray_conn_id
-        self.serve_url = serve_url
+        self.place = place
+        self.finishing = finishing
+        self.before = before
+        self.asked = asked
+        self.answer = answer
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Class path and arguments."""
-        return (
-            f"{type(self).__module__}.{type(self).__qualname__}",
-            {"spec": self.spec, "route": self.route, "ray_conn_id": self.ray_conn_id, "serve_url": self.serve_url},
-        )
+        names = ("spec", "place", "finishing", "before", "asked", "answer")
+        arguments = {name: getattr(self, name) for name in names}
+        return f"{type(self).__module__}.{type(self).__qualname__}", arguments
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Look, judge and act until the verdict is final."""
-        from airflow_mlops.rollout.controller import RolloutSpec, run_rollout
+        """Look, judge and act until the verdict is final, or somebody has to be asked."""
+        from airflow_mlops.rollout.controller import Hands, run_rollout
         from airflow_mlops.rollout.reporting import LookLog
-        from airflow_mlops.rollout.targets.client import Route
+        from airflow_mlops.rollout.spec import RolloutSpec
 
+        kept: dict[str, Any] = dict(self.before or {})
+        hands = Hands(on_look=LookLog(self.log.info), ask=self._ask, keep=kept.update)
         try:
             spec = RolloutSpec.from_json(self.spec)
-            hook = RayServeHook(self.ray_conn_id, self.serve_url)
-            async with await hook.aget_conn() as client:
-                result = await run_rollout(Route(client, **self.route), spec, LookLog(self.log.info))
+            async with RolloutPlace(**self.place).open(spec.metrics, worker=False) as (target, source):
+                result = await run_rollout(target, source, spec, hands, before=self.before, finishing=self.finishing)
+        except _PersonWantedError as wanted:
+            verdict = wanted.verdict
+            yield TriggerEvent({"status": "approval", "step": verdict.step, "verdict": verdict.to_json()})
         except MlopsError as error:
-            yield TriggerEvent({"status": "error", "error": str(error), "retryable": error.retryable})
-            return
-        yield TriggerEvent({"status": "done", "result": result})
+            event = {"status": "error", "error": str(error), "retryable": error.retryable, "kept": kept}
+            yield TriggerEvent(event)
+        else:
+            yield TriggerEvent({"status": "done", "result": result})
+
+    async def _ask(self, verdict: Verdict) -> Answer | None:
+        from airflow_mlops.rollout.controller import Answer
+
+        if self.answer is not None and self.answer["step"] == verdict.step:
+            return Answer(**self.answer)
+        if self.asked != verdict.step:
+            raise _PersonWantedError(verdict)
+        return None
 
     async def on_kill(self) -> None:
         """A person ended the task: stable gets its traffic back."""
-        from airflow_mlops.rollout.controller import RolloutSpec, abort
-        from airflow_mlops.rollout.targets.client import Route
+        from airflow_mlops.rollout.controller import abort
+        from airflow_mlops.rollout.spec import RolloutSpec
 
         with contextlib.suppress(MlopsError):
-            async with await RayServeHook(self.ray_conn_id, self.serve_url).aget_conn() as client:
-                await abort(Route(client, **self.route), RolloutSpec.from_json(self.spec))
+            async with RolloutPlace(**self.place).open(worker=False) as (target, _):
+                await abort(target, RolloutSpec.from_json(self.spec))

@@ -289,8 +289,10 @@ class Month:
 
     def canary(self) -> None:
         from airflow_mlops.examples.flights.traffic import replay_holdout
-        from airflow_mlops.rollout.controller import RolloutSpec, run_rollout
+        from airflow_mlops.rollout.controller import run_rollout
         from airflow_mlops.rollout.policy import RolloutPolicy, parse_guardrails
+        from airflow_mlops.rollout.sources import TargetCounters
+        from airflow_mlops.rollout.spec import RolloutSpec
         from airflow_mlops.rollout.targets.client import RayServeClient, Route
 
         job, version = self.job, str(self.version)
@@ -309,7 +311,7 @@ class Month:
 
         async def roll_out() -> dict[str, Any]:
             async with RayServeClient(job["dashboard_url"], job["serve_url"], job["token"]) as serve:
-                return await run_rollout(Route(serve, ROUTE), spec)
+                return await run_rollout(Route(serve, ROUTE), TargetCounters(), spec)
 
         month_set = {"uri": self.month.uri, "features": list(self.month.features), "label": LABEL}
         arguments = (f"{job['serve_url']}/{ROUTE}", version, month_set, job["holdout_start"])

@@ -127,6 +127,20 @@ class Loop:
 
         return psycopg2.connect(self.stack.postgres.sql_alchemy_conn.replace("+psycopg2", ""))
 
+    def result(self, run_id: str, task_id: str, dag_id: str = DAG) -> Any:
+        """What a task returned."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/return_value"
+        return self.client.call("GET", path, params={"deserialize": "true"})["value"]
+
+    def answer(self, run_id: str, task_id: str, dag_id: str, chosen: str) -> dict[str, Any]:
+        """Answer the question of a task, once it is asked, as its required action in the UI does; the question."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}"
+        listed = f"{path}/hitlDetails?response_received=false"
+        asked = self.until(lambda: self.client.call("GET", listed)["hitl_details"], "the question", 180)
+        body = {"chosen_options": [chosen], "params_input": {}}
+        self.client.call("PATCH", f"{path}/taskInstances/{task_id}/-1/hitlDetails", json=body)
+        return asked[0]
+
     # --- what the loop has left behind ------------------------------------------------------------------------
 
     @property
@@ -181,6 +195,19 @@ class Loop:
 
     def april_jobs(self) -> dict[str, str]:
         return {name: state for name, state in self.jobs().items() if name.startswith("flights-2013-04-")}
+
+    @property
+    def route_url(self) -> str:
+        """Where the demo's model serves."""
+        return json.loads(self.stack.env["AIRFLOW_CONN_RAY_DEFAULT"])["extra"]["serve_url"] + "/flights_delay"
+
+    def route(self) -> dict[str, Any]:
+        """What the route says of itself."""
+        import requests
+
+        answer = requests.get(f"{self.route_url}/state", timeout=10)
+        answer.raise_for_status()
+        return answer.json()
 
     def train_workers(self) -> list[psutil.Process]:
         """The processes in which Ray trains."""
@@ -247,7 +274,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     root = tmp_path_factory.mktemp("loop")
     with Stack(root, dags_folder=REPOSITORY / "dags", feature_repo=REPOSITORY / "feature_repo") as stack:
         running = Loop(stack)
-        for dag_id in (DAG, "drift_check", "drift_watch"):
+        for dag_id in (DAG, "drift_check", "drift_watch", "progressive_rollout", "roll_back"):
             running.until(lambda dag_id=dag_id: running.client.dag(dag_id), f"Airflow to find {dag_id}", 60)
             assert not running.client.import_errors()
             running.client.pause(dag_id, False)

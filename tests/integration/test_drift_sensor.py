@@ -530,12 +530,12 @@ def test_a_check_is_on_record_in_mlflow_with_its_page(champion, month, sensor, c
 def test_a_run_on_a_server_is_linked_without_its_password():
     from types import SimpleNamespace
 
-    from airflow_mlops.sensors._drift_report import run_url
+    from airflow_mlops.hooks.mlflow import MlflowHook
 
     hook = SimpleNamespace(tracking_uri="https://me:secret@mlflow.example.com/base/", experiment_id=lambda name: "7")
-    assert run_url(hook, "drift", "abc") == "https://mlflow.example.com/base/#/experiments/7/runs/abc"
+    assert MlflowHook.run_url(hook, "drift", "abc") == "https://mlflow.example.com/base/#/experiments/7/runs/abc"
     hook.tracking_uri = "sqlite:///x.db"
-    assert run_url(hook, "drift", "abc") is None
+    assert MlflowHook.run_url(hook, "drift", "abc") is None
 
 
 def test_what_is_only_a_copy_costs_no_verdict(champion, month, sensor, context, root, client):

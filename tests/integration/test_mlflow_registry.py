@@ -3,13 +3,16 @@ from __future__ import annotations
 import json
 import threading
 
+import numpy as np
 import pandas as pd
 import pytest
 from airflow.sdk import Asset
 from airflow.sdk.exceptions import AirflowFailException
+from sklearn.metrics import roc_auc_score
 
 from airflow_mlops import storage
 from airflow_mlops.drift import LossReference, Profile
+from airflow_mlops.drift.performance import CalibratedEstimate
 from airflow_mlops.exceptions import RegistryError
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.operators.mlflow import MlflowPromoteOperator, MlflowRegisterOperator, MlflowRollbackOperator
@@ -54,7 +57,8 @@ def alias(hook, name="champion"):
 class TestRegister:
     def test_a_version_carries_its_papers(self, register, mlflow_hook, mlflow_models, tmp_path):
         predictions = pd.read_parquet(mlflow_models.data).rename(columns={"late": "label"})
-        predictions["challenger"] = 0.3
+        chances = 0.1 + 0.6 * np.random.default_rng(3).random(len(predictions))
+        predictions["challenger"] = np.where(predictions["label"] == 1, chances**0.8, chances)
         predictions.to_parquet(tmp_path / "predictions.parquet")
         (tmp_path / "report.html").write_text("<p>fine")
         gate = {
@@ -82,6 +86,11 @@ class TestRegister:
         profile = Profile.from_json(storage.read_json(version.tags["mlops.profile_uri"]))
         assert set(profile.columns) == set(mlflow_models.features)
         LossReference.from_json(storage.read_json(version.tags["mlops.loss_reference_uri"]))
+        estimator = CalibratedEstimate.from_json(storage.read_json(version.tags["mlops.performance_uri"]))
+        held_out = pd.read_parquet(tmp_path / "predictions.parquet")
+        assert estimator.estimate(held_out["challenger"]).metrics["auc"].reference == pytest.approx(
+            roc_auc_score(held_out["label"], held_out["challenger"])
+        )
         run = mlflow_hook.client.get_run(result["run_id"])
         assert run.info.status == "FINISHED"
         assert run.data.metrics == {"auc": 0.8, "gate_challenger_auc": 0.77}
@@ -94,6 +103,16 @@ class TestRegister:
         served = mlflow_hook.predict_proba("models:/late/1", frame)
         assert (served == mlflow_hook.predict_proba(mlflow_models.good, frame)).all()
         assert mlflow_hook.load("models:/late/1").metadata.signature is not None
+
+    def test_a_hold_out_too_short_for_an_estimator_costs_only_the_estimator(
+        self, register, mlflow_hook, mlflow_models, tmp_path, capsys
+    ):
+        predictions = pd.read_parquet(mlflow_models.data).rename(columns={"late": "label"}).iloc[::10]
+        predictions.assign(challenger=0.3).to_parquet(tmp_path / "predictions.parquet")
+        register(gate={"passed": True, "predictions_uri": str(tmp_path / "predictions.parquet")})
+        tags = mlflow_hook.version("late", "1").tags
+        assert "mlops.loss_reference_uri" in tags and "mlops.performance_uri" not in tags
+        assert "chunks need at least 500" in "".join(capsys.readouterr())
 
     def test_again_is_the_same_version(self, register, mlflow_hook):
         first, again, other = register(), register(), register("run-b")

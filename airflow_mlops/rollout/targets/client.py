@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
+from airflow_mlops.rollout.targets.book import SLOTS
+from airflow_mlops.rollout.targets.protocol import TargetState
 
 IMPORT_PATH = "airflow_mlops.rollout.targets.ray_serve:build"
 APPLICATIONS = "/api/serve/applications/"
@@ -138,7 +140,7 @@ class RayServeClient:
 
 
 class Route:
-    """One model's route on Ray Serve: two slots, of which one is stable.
+    """One model's route on Ray Serve: two slots, of which one is stable. A :class:`Target` that counts itself.
 
     :param client: the cluster
     :param name: application and route name
@@ -147,6 +149,8 @@ class Route:
     :param startup_timeout: seconds for the first deployment
     :param load_timeout: seconds to load a model into a slot or to change weights
     """
+
+    shadows = True
 
     def __init__(
         self,
@@ -164,25 +168,30 @@ class Route:
         self.startup_timeout = startup_timeout
         self.load_timeout = load_timeout
 
-    async def state(self) -> dict[str, Any]:
-        """The router's report."""
+    async def state(self) -> TargetState | None:
+        """Where the router sends requests now; None when the route is not deployed."""
+        try:
+            return _state_of(await self.report())
+        except ExternalSystemError:
+            if await self.config() is None:
+                return None
+            raise
+
+    async def report(self) -> dict[str, Any]:
+        """What the router says of itself: slots, weights, counters, the rollout."""
         return await self.client.state(self.name)
 
-    async def claim(self, owner: str, ttl: float) -> dict[str, Any]:
+    async def claim(self, owner: str, ttl: float) -> None:
         """Take the route for one rollout; :class:`ConcurrentChangeError` when another one holds it."""
-        return await self.client.change(self.name, {"action": "claim", "owner": owner, "ttl": ttl})
+        await self.client.change(self.name, {"action": "claim", "owner": owner, "ttl": ttl})
 
-    async def renew(self, owner: str, ttl: float, annotation: Mapping[str, Any]) -> dict[str, Any]:
+    async def renew(self, owner: str, ttl: float, annotation: Mapping[str, Any]) -> None:
         """Prolong the lease and keep the rollout's state on the route."""
         body = {"action": "renew", "owner": owner, "ttl": ttl, "annotation": dict(annotation)}
-        return await self.client.change(self.name, body)
+        await self.client.change(self.name, body)
 
-    async def stop(self, owner: str) -> None:
-        """Give all traffic to stable now; lasts until the configuration is changed."""
-        await self.client.change(self.name, {"action": "stop", "owner": owner})
-
-    async def deploy(self, version: str, uri: str) -> dict[str, Any]:
-        """Deploy the route with one version at 100 % in slot ``a``; returns its state once it serves."""
+    async def deploy(self, version: str, uri: str) -> None:
+        """Deploy the route with one version at 100 % in slot ``a``; returns when it serves."""
         router: dict[str, Any] = {"stable": "a", "canary": None, "weight": 0.0, "versions": {"a": version, "b": None}}
         if self.client.token:
             router["token_sha256"] = hashlib.sha256(self.client.token.encode()).hexdigest()
@@ -205,7 +214,48 @@ class Route:
             },
             self.startup_timeout,
         )
-        return await self.until(lambda state: self._loaded(state, "a", first), self.startup_timeout, "deployed")
+        await self._until(lambda report: self._loaded(report, "a", first), self.startup_timeout, "deployed")
+
+    async def load(self, version: str, uri: str) -> None:
+        """Load a version into the idle slot, after taking its traffic from whatever an earlier rollout left there.
+
+        :raises InvalidInputError: the model cannot be loaded
+        """
+        report = await self._without_canary()
+        await self._load(_other(report["stable"]), version, uri)
+
+    async def restore(self, version: str, uri: str) -> None:
+        """Make a version stable, as somebody moved the champion since the route was last used."""
+        report = await self._without_canary()
+        slot = _other(report["stable"])
+        await self._load(slot, version, uri)
+        await self._set_router(stable=slot, canary=None, weight=0.0, versions={**report["versions"], slot: version})
+
+    async def split(self, version: str, weight: float, annotation: Mapping[str, Any], *, shadow: bool = False) -> None:
+        """Give the version that is loaded beside stable that share of traffic, or copies."""
+        report = await self.report()
+        slot = _other(report["stable"])
+        if report["slots"][slot]["version"] != version:
+            raise ExternalSystemError(f"the route {self.name} has not loaded version {version}; a retry loads it again")
+        versions = {**report["versions"], slot: version}
+        note = dict(annotation)
+        await self._set_router(canary=slot, weight=float(weight), shadow=shadow, versions=versions, rollout=note)
+
+    async def promote(self, annotation: Mapping[str, Any]) -> None:
+        """The canary becomes stable; the old version stays loaded. Without a canary only ``annotation`` is kept."""
+        canary = (await self.report())["canary"]
+        stable = {"stable": canary} if canary else {}
+        await self._set_router(**stable, canary=None, weight=0.0, shadow=False, rollout=dict(annotation))
+
+    async def roll_back(self, owner: str, annotation: Mapping[str, Any]) -> None:
+        """All traffic to stable: at once by the router itself, then in its configuration."""
+        await self.client.change(self.name, {"action": "stop", "owner": owner})
+        await self._set_router(canary=None, weight=0.0, shadow=False, rollout=dict(annotation) or None)
+
+    async def clean_up(self) -> None:
+        """Unload the version that does not serve."""
+        slot = _other((await self.report())["stable"])
+        await self._update({f"slot_{slot}": {"version": None, "uri": None}})
 
     async def config(self) -> dict[str, dict[str, Any]] | None:
         """User configuration by deployment (``router``, ``slot_a``, ``slot_b``); ``None`` when not deployed."""
@@ -215,22 +265,24 @@ class Route:
         config = application["deployed_app_config"]
         return {item["name"]: copy.deepcopy(item.get("user_config") or {}) for item in config["deployments"]}
 
-    async def load(self, slot: str, version: str, uri: str) -> dict[str, Any]:
-        """Load a version into a slot without traffic; returns the state once it is ready there.
+    async def _without_canary(self) -> dict[str, Any]:
+        report = await self.report()
+        if report["canary"]:
+            return await self._set_router(canary=None, weight=0.0, shadow=False, rollout=None)
+        return report
 
-        :raises InvalidInputError: the model cannot be loaded
-        """
+    async def _load(self, slot: str, version: str, uri: str) -> None:
         name = f"slot_{slot}"
         wanted = (await self._update({name: {"version": version, "uri": uri}}))[name]
-        return await self.until(lambda state: self._loaded(state, slot, wanted), self.load_timeout, "loaded")
+        await self._until(lambda report: self._loaded(report, slot, wanted), self.load_timeout, "loaded")
 
-    async def set_router(self, **changes: Any) -> dict[str, Any]:
-        """Change the router's configuration, e.g. ``weight=10.0``; returns the state once the router has it.
+    async def _set_router(self, **changes: Any) -> dict[str, Any]:
+        """Change the router's configuration; returns its report once it has it.
 
         Serve passes a configuration on some time after it has taken it.
         """
         router = (await self._update({"router": changes}))["router"]
-        return await self.until(lambda state: state["revision"] >= router["revision"], self.load_timeout, "changed")
+        return await self._until(lambda report: report["revision"] >= router["revision"], self.load_timeout, "changed")
 
     async def _update(self, changes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Merge changes into the deployments' user configurations; returns the new ones."""
@@ -246,24 +298,24 @@ class Route:
         return {item["name"]: item["user_config"] for item in config["deployments"] if item["name"] in changes}
 
     @staticmethod
-    def _loaded(state: Mapping[str, Any], slot: str, wanted: Mapping[str, Any]) -> bool:
-        held = state["slots"][slot]
+    def _loaded(report: Mapping[str, Any], slot: str, wanted: Mapping[str, Any]) -> bool:
+        held = report["slots"][slot]
         if held["revision"] < wanted["revision"] or held["version"] != wanted["version"]:
             return False
         if held["error"] and not held["ready"]:
             raise InvalidInputError(f"version {held['version']} cannot be loaded from {held['uri']}: {held['error']}")
         return bool(held["ready"])
 
-    async def until(self, reached: Any, timeout: float, what: str) -> dict[str, Any]:
-        """Poll the route until ``reached(state)``; returns that state."""
+    async def _until(self, reached: Any, timeout: float, what: str) -> dict[str, Any]:
+        """Poll the route until ``reached(report)``; returns that report."""
         loop = asyncio.get_running_loop()
         deadline, problem = loop.time() + timeout, "it never answered"
         while True:
             try:
-                state = await self.state()
-                if reached(state):
-                    return state
-                problem = f"last state: { ({k: v for k, v in state.items() if k not in ('counters', 'rollout')}) }"
+                report = await self.report()
+                if reached(report):
+                    return report
+                problem = f"it says { ({k: v for k, v in report.items() if k not in ('counters', 'rollout')}) }"
             except ExternalSystemError as error:
                 problem = str(error)
             if loop.time() > deadline:
@@ -273,3 +325,32 @@ class Route:
                     f"{status.get('status')} {status.get('message', '')!r}; {problem}"
                 )
             await asyncio.sleep(0.1)
+
+
+def _other(slot: str) -> str:
+    return SLOTS[1 - SLOTS.index(slot)]
+
+
+def _state_of(report: Mapping[str, Any]) -> TargetState:
+    """The router's report as every target gives it."""
+    try:
+        slots = {arm: report[arm] for arm in ("stable", "canary")}
+        versions = {arm: report["versions"][slot] if slot else None for arm, slot in slots.items()}
+        routed = [int(report["routed"][slot]) if slot else 0 for slot in slots.values()]
+        return TargetState(
+            time=float(report["time"]),
+            epoch=str(report["epoch"]),
+            weight=float(report["weight"]),
+            configured=float(report["configured_weight"]),
+            stable=versions["stable"],
+            canary=versions["canary"],
+            shadow=bool(report["shadow"]),
+            ready=frozenset(arm for arm, slot in slots.items() if slot and report["slots"][slot]["ready"]),
+            rollout=report["rollout"] or {},
+            owner=report["owner"],
+            counters={arm: report["counters"][version] for arm, version in versions.items() if version},
+            routed=(routed[0], routed[1]),
+            boot=str(report["boot"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExternalSystemError(f"the route's state is unreadable ({type(error).__name__}: {error})") from error

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+ENDED = "the rollout {} was ended from outside: its task was killed, or another one took the target"
+
 
 @dataclass(frozen=True)
 class TargetState:

@@ -15,9 +15,11 @@ import math
 import os
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -26,6 +28,8 @@ from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError
 from airflow_mlops.rollout.targets.book import SLOTS, Book
 
 log = logging.getLogger("ray.serve")
+#: Calls with copies for a shadow that may be on their way at once: a slow shadow must not fill the router's memory.
+_MOST_COPIES = 64
 
 
 @serve.deployment
@@ -73,8 +77,8 @@ class Slot:
             "error": self._error,
         }
 
-    def predict(self, rows: list[dict[str, Any]]) -> list[float]:
-        """Probabilities for feature dictionaries, in their order."""
+    def predict(self, rows: list[dict[str, Any]]) -> tuple[list[float], str]:
+        """Probabilities for feature dictionaries, in their order, and the replica that gave them."""
         import pandas as pd
 
         if self._model is None:
@@ -85,7 +89,7 @@ class Slot:
             if missing:
                 raise ValueError(f"the request lacks the features {missing}")
             frame = frame[list(self._dtypes)].astype(self._dtypes)
-        return [float(value) for value in self._predict(frame)]
+        return [float(value) for value in self._predict(frame)], _replica()
 
 
 def _scorer(model: Any) -> tuple[Any, dict[str, Any]]:
@@ -107,6 +111,34 @@ def _scorer(model: Any) -> tuple[Any, dict[str, Any]]:
     return probabilities, dtypes
 
 
+def _replica() -> str:
+    """This replica's name; blank outside Serve."""
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return ""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One request, and its place in what came together."""
+
+    index: int
+    request_id: str
+    features: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What one slot made of some requests: a probability each, or None and why."""
+
+    values: list[float | None]
+    seconds: float
+    replica: str = ""
+    error: str | None = None
+    timed_out: bool = False
+
+
 @serve.deployment
 class Router:
     """Routes, counts and answers; the only replica, since the counters live in it.
@@ -114,12 +146,26 @@ class Router:
     :param slot_a: handle of slot ``a``
     :param slot_b: handle of slot ``b``
     :param route: name for the metrics
+    :param max_remembered: predictions kept for late labels
+    :param request_timeout: seconds a slot has to answer; None for no limit
+    :param tell_replicas: whether each slot's replicas are counted apart
     """
 
-    def __init__(self, slot_a: DeploymentHandle, slot_b: DeploymentHandle, route: str, max_remembered: int) -> None:
+    def __init__(
+        self,
+        slot_a: DeploymentHandle,
+        slot_b: DeploymentHandle,
+        route: str,
+        max_remembered: int,
+        request_timeout: float | None,
+        tell_replicas: bool,
+    ) -> None:
         self._slots = dict(zip(SLOTS, (slot_a, slot_b)))
         self._route = route
         self._book = Book(max_remembered)
+        self._timeout = request_timeout
+        self._tell_replicas = tell_replicas
+        self._copies: set[asyncio.Task[None]] = set()
 
     def reconfigure(self, config: dict[str, Any]) -> None:
         """Take the desired weights, versions and rollout from Serve's ``user_config``."""
@@ -149,35 +195,66 @@ class Router:
         body = await request.json()
         single = "items" not in body
         items = [body] if single else body["items"]
-        groups: dict[str, list[tuple[int, str, dict[str, Any]]]] = {}
+        groups: dict[str, list[_Asked]] = {}
         for index, item in enumerate(items):
             features, request_id = item["features"], str(item.get("request_id") or uuid.uuid4().hex)
             if not isinstance(features, dict):
                 raise InvalidInputError('expected {"request_id": ..., "features": {name: number, ...}}')
-            groups.setdefault(self._book.route(request_id, time.time()), []).append((index, request_id, features))
+            asked = _Asked(index, request_id, features)
+            groups.setdefault(self._book.route(request_id, time.time()), []).append(asked)
+        self._copy([asked for group in groups.values() for asked in group], single)
         results: list[dict[str, Any]] = [{}] * len(items)
         answers = await asyncio.gather(*(self._ask(slot, group, single) for slot, group in groups.items()))
         for group, answer in zip(groups.values(), answers):
-            for (index, _, _), result in zip(group, answer):
-                results[index] = result
+            for asked, result in zip(group, answer):
+                results[asked.index] = result
         if single:
             return JSONResponse(results[0], 500 if "error" in results[0] else 200)
         return JSONResponse({"results": results})
 
-    async def _ask(self, slot: str, group: list[tuple[int, str, dict[str, Any]]], timed: bool) -> list[dict[str, Any]]:
+    def _copy(self, group: list[_Asked], timed: bool) -> None:
+        """Send copies to the canary of a shadow step; nobody waits for them, and beyond a limit there are none."""
+        slot = self._book.copied_to(time.time())
+        if slot is None or len(self._copies) >= _MOST_COPIES:
+            return
+        version = str(self._book.config["versions"][slot])
+        self._book.routed[slot] += len(group)
+
+        async def send() -> None:
+            self._record(version, group, await self._call(slot, group), timed)
+
+        task = asyncio.get_running_loop().create_task(send())
+        self._copies.add(task)
+        task.add_done_callback(self._copies.discard)
+
+    def _record(
+        self, version: str, group: list[_Asked], answers: _Answers, timed: bool, fell_back: bool = False
+    ) -> None:
+        for asked, value in zip(group, answers.values):
+            self._book.record(
+                version,
+                asked.request_id,
+                value,
+                answers.seconds if timed else None,
+                replica=answers.replica if self._tell_replicas else "",
+                timed_out=answers.timed_out,
+                fell_back=fell_back and value is None,
+            )
+
+    async def _ask(self, slot: str, group: list[_Asked], timed: bool) -> list[dict[str, Any]]:
         """Answers of one slot; where the canary fails, stable answers and the failure counts against the canary."""
         config = self._book.config
         stable, version = config.get("stable"), str(config["versions"][slot])
         arm = "stable" if slot == stable else "canary"
-        values, error, seconds = await self._call(slot, [features for _, _, features in group])
-        for (_, request_id, _), value in zip(group, values):
-            self._book.record(version, request_id, value, seconds if timed else None)
-        backup: list[float | None] = [None] * len(group)
-        if arm == "canary" and None in values:
-            backup, error, _ = await self._call(stable, [features for _, _, features in group])
+        first = await self._call(slot, group)
+        failed = arm == "canary" and None in first.values
+        self._record(version, group, first, timed, fell_back=failed)
+        backup = await self._call(stable, group) if failed else _Answers([None] * len(group), 0.0)
+        error = backup.error or first.error
         answers = []
-        for (_, request_id, _), value, spare in zip(group, values, backup):
-            answer: dict[str, Any] = {"request_id": request_id, "probability": value, "version": version, "arm": arm}
+        for asked, value, spare in zip(group, first.values, backup.values):
+            answer: dict[str, Any] = {"request_id": asked.request_id, "probability": value, "version": version}
+            answer["arm"] = arm
             if value is None and spare is not None:
                 answer.update(probability=spare, version=str(config["versions"][stable]), arm="stable", fallback=True)
             elif value is None:
@@ -185,13 +262,19 @@ class Router:
             answers.append(answer)
         return answers
 
-    async def _call(self, slot: Any, rows: list[dict[str, Any]]) -> tuple[list[float | None], str | None, float]:
+    async def _call(self, slot: Any, group: list[_Asked]) -> _Answers:
         started = time.perf_counter()
+        nothing: list[float | None] = [None] * len(group)
         try:
-            values = await self._slots[slot].predict.remote(rows)
+            asking = self._slots[slot].predict.remote([asked.features for asked in group])
+            values, replica = await asyncio.wait_for(asking, self._timeout)
+        except TimeoutError:
+            error = f"no answer within {self._timeout:g} s"
+            return _Answers(nothing, time.perf_counter() - started, error=error, timed_out=True)
         except Exception as error:
-            return [None] * len(rows), f"{type(error).__name__}: {error}"[:500], time.perf_counter() - started
-        return [v if math.isfinite(v) else None for v in values], None, time.perf_counter() - started
+            return _Answers(nothing, time.perf_counter() - started, error=f"{type(error).__name__}: {error}"[:500])
+        finite = [v if math.isfinite(v) else None for v in values]
+        return _Answers(finite, time.perf_counter() - started, replica)
 
     async def _feedback(self, request: Request) -> Response:
         body = await request.json()
@@ -226,7 +309,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application of one model; Serve's ``import_path`` names this function.
 
     :param args: ``route``; ``slot_cpus`` and ``router_cpus`` (CPUs reserved in Ray, 0: none); ``slot_replicas``;
-        ``max_remembered`` (predictions kept for late labels)
+        ``max_remembered`` (predictions kept for late labels); ``request_timeout`` (seconds a slot has to answer)
     """
     options = {"num_cpus": float(args.get("slot_cpus", 0))}
     slots = [
@@ -244,4 +327,11 @@ def build(args: dict[str, Any]) -> serve.Application:
         max_ongoing_requests=512,
         ray_actor_options={"num_cpus": float(args.get("router_cpus", 0))},
     )
-    return router.bind(*slots, str(args["route"]), int(args.get("max_remembered", 200_000)))
+    timeout = args.get("request_timeout")
+    return router.bind(
+        *slots,
+        str(args["route"]),
+        int(args.get("max_remembered", 200_000)),
+        None if timeout is None else float(timeout),
+        int(args.get("slot_replicas", 1)) > 1,
+    )

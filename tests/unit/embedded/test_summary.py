@@ -146,3 +146,12 @@ def test_ticks_are_few_and_span_the_values(low: float, high: float) -> None:
     marks = charts.ticks(low, high)
     assert marks[0] <= low and marks[-1] >= high
     assert 2 <= len(marks) <= 7
+
+
+def test_the_page_shows_what_the_scores_let_expect_beside_what_came(year: list[MonthSummary]) -> None:
+    auc = {"value": 0.731, "low": 0.71, "high": 0.752, "reference": 0.74}
+    told = replace(year[1], ledger={"drift": {"estimate": {"metrics": {"auc": auc}}}})
+    assert "0.731 (0.710 to 0.752)" in page._drift_and_loss([told])
+    unsure = replace(year[1], ledger={"drift": {"estimate": {"metrics": {"auc": auc | {"low": None, "high": None}}}}})
+    assert "0.731 (– to –)" in page._drift_and_loss([unsure])
+    assert "None" not in page._drift_and_loss([replace(year[1], ledger={"drift": {"estimate": None}})])

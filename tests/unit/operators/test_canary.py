@@ -76,7 +76,8 @@ def test_deferring_hands_everything_to_the_trigger():
     assert (arguments["spec"]["owner"], arguments["spec"]["attempt"]) == ("d/t/r/-1", 3)
     assert arguments["spec"]["policy"]["steps"] == [5, 100]
     assert [guard["name"] for guard in arguments["spec"]["guardrails"]] == ["errors", "latency"]
-    assert arguments["route"]["runtime_env"] == {"env_vars": {"MLFLOW_TRACKING_URI": "http://mlflow"}}
+    assert arguments["place"]["target"]["kind"] == "ray_serve" and arguments["finishing"] is True
+    assert arguments["place"]["target"]["runtime_env"] == {"env_vars": {"MLFLOW_TRACKING_URI": "http://mlflow"}}
 
 
 def test_what_becomes_of_a_verdict():

@@ -7,7 +7,6 @@ import math
 import pytest
 
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError
-from airflow_mlops.rollout.controller import observation_of
 from airflow_mlops.rollout.targets.book import Book
 
 CONFIG = {"stable": "a", "canary": "b", "weight": 10.0, "versions": {"a": "1", "b": "2"}, "rollout": {"owner": "me"}}
@@ -96,10 +95,14 @@ def test_counts_losses_and_late_labels():
     made.record("2", "y", None, 0.02)
     made.record("2", "z", 0.5, None)
     assert made.feedback("x", 1.0) and not made.feedback("x", 1.0) and not made.feedback("y", 0.0)
-    counters = made.state(1.0)["counters"]["2"]
-    assert (counters["requests"], counters["errors"], counters["latency"][0], sum(counters["buckets"])) == (3, 1, 2, 2)
-    assert counters["log_loss"] == [1, pytest.approx(-math.log(0.8)), pytest.approx(math.log(0.8) ** 2)]
-    assert counters["brier"][1] == pytest.approx(0.04)
+    counters = made.state(1.0)["counters"]["2"][""]
+    counts, moments, histograms = counters["counts"], counters["moments"], counters["histograms"]
+    assert counts == {"requests": 3, "errors": 1, "timeouts": 0, "fallbacks": 0}
+    assert moments["latency"][0] == sum(histograms["latency"]["counts"]) == 2
+    assert moments["log_loss"] == [1, pytest.approx(-math.log(0.8)), pytest.approx(math.log(0.8) ** 2)]
+    assert moments["brier"][1] == pytest.approx(0.04)
+    # 0.8 and 0.5 are upper edges of their twentieths.
+    assert [i for i, n in enumerate(histograms["prediction"]["counts"]) if n] == [9, 15]
     assert made.labels_unknown == 2
     for label in (None, 2, "1", float("nan")):
         with pytest.raises(InvalidInputError, match="from 0 to 1"):
@@ -124,12 +127,36 @@ def test_a_change_of_weights_starts_an_epoch():
     assert made.state(2.0)["epoch"] == after["epoch"]
 
 
-def test_the_judge_reads_the_state():
-    made = book(50)
+def test_a_copy_is_labelled_with_the_request_it_copies():
+    made = book()
     made.record("1", "x", 0.2, 0.01)
-    seen = observation_of(made.state(5.0))
-    assert (seen.weight, seen.stable["requests"], seen.canary["requests"], seen.problem) == (50.0, 1, 0, None)
-    assert observation_of({"boot": "x"}).problem
+    made.record("2", "x", 0.9, 0.02)
+    made.record("2", "x", 0.6, 0.02)
+    assert made.feedback("x", 1.0)
+    counters = made.state(1.0)["counters"]
+    assert counters["1"][""]["moments"]["log_loss"][1] == pytest.approx(-math.log(0.2))
+    assert counters["2"][""]["moments"]["log_loss"][:2] == [1, pytest.approx(-math.log(0.6))], "the later answer"
+
+
+def test_a_shadow_gets_copies_only_while_the_lease_lasts():
+    made = book(0)
+    made.configure({**CONFIG, "weight": 0.0, "shadow": True})
+    assert made.copied_to(1.0) == "b" and made.route("x", 1.0) == "a"
+    before = made.state(1.0)
+    assert (before["weight"], before["shadow"], before["configured_shadow"]) == (0.0, True, True)
+    assert made.copied_to(61.0) is None
+    after = made.state(61.0)
+    assert after["epoch"] == before["epoch"] + 1 and not after["shadow"] and after["configured_shadow"]
+
+
+def test_replicas_timeouts_and_fallbacks_are_counted_apart():
+    made = book()
+    made.record("2", "x", None, 0.5, replica="one", timed_out=True, fell_back=True)
+    made.record("2", "y", 0.5, 0.01, replica="two")
+    counters = made.state(1.0)["counters"]["2"]
+    assert counters["one"]["counts"] == {"requests": 1, "errors": 1, "timeouts": 1, "fallbacks": 1}
+    assert counters["two"]["counts"]["requests"] == 1
+    assert 'mlops_route_timeouts_total{route="r",version="2",replica="one"} 1' in made.prometheus("r")
 
 
 def test_prometheus_text():

@@ -11,8 +11,10 @@ import pytest
 from aiohttp import web
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError
-from airflow_mlops.rollout.controller import RolloutSpec, abort, run_rollout
+from airflow_mlops.rollout.controller import Hands, abort, run_rollout
 from airflow_mlops.rollout.policy import Guardrail, RolloutPolicy
+from airflow_mlops.rollout.sources import TargetCounters
+from airflow_mlops.rollout.spec import RolloutSpec
 from airflow_mlops.rollout.targets.book import SLOTS, Book
 from airflow_mlops.rollout.targets.client import IMPORT_PATH, RayServeClient, Route
 
@@ -106,6 +108,10 @@ async def serve():
     await runner.cleanup()
 
 
+async def roll_out(serve, spec, on_look=lambda verdict: None, **options):
+    return await run_rollout(serve.route, TargetCounters(), spec, Hands(on_look=on_look), **options)
+
+
 async def begun(serve, looks: int = 2, attempt: int = 1) -> None:
     """Wait until a rollout has been looked at so often by this attempt."""
     for _ in range(2000):
@@ -122,16 +128,16 @@ def endless(spec: RolloutSpec = SPEC) -> RolloutSpec:
 
 
 async def test_a_good_version_is_promoted_and_the_verdict_stays(serve):
-    result = await run_rollout(serve.route, SPEC)
+    result = await roll_out(serve, SPEC)
     assert (result["verdict"], result["previous"]) == ("PROMOTE", "1")
-    state = await serve.route.state()
+    state = await serve.route.report()
     assert state["versions"][state["stable"]] == "2" and state["owner"] is None
-    assert await run_rollout(serve.route, replace(SPEC, attempt=2)) == result
+    assert await roll_out(serve, replace(SPEC, attempt=2)) == result
 
 
 async def test_a_head_that_is_away_for_a_while_neither_promotes_nor_ends_the_rollout(serve):
     verdicts = []
-    running = asyncio.create_task(run_rollout(serve.route, endless(), verdicts.append))
+    running = asyncio.create_task(roll_out(serve, endless(), verdicts.append))
     await begun(serve)
     serve.fake.down = True
     seen = len(verdicts)
@@ -149,53 +155,53 @@ async def test_a_head_that_is_away_for_a_while_neither_promotes_nor_ends_the_rol
 
 
 async def test_a_lost_head_makes_the_next_attempt_deploy_the_champion_and_begin_anew(serve):
-    running = asyncio.create_task(run_rollout(serve.route, endless()))
+    running = asyncio.create_task(roll_out(serve, endless()))
     await begun(serve)
     serve.fake.lose()
     with pytest.raises(ExternalSystemError, match="nobody is there"):
         await asyncio.wait_for(running, 60)
-    result = await run_rollout(serve.route, replace(SPEC, attempt=2))
+    result = await roll_out(serve, replace(SPEC, attempt=2))
     assert result["verdict"] == "PROMOTE" and result["previous"] == "1"
 
 
 async def test_a_lost_worker_is_continued_with_its_evidence(serve):
-    running = asyncio.create_task(run_rollout(serve.route, endless()))
+    running = asyncio.create_task(roll_out(serve, endless()))
     await begun(serve, looks=4)
     running.cancel()
     verdicts = []
-    second = asyncio.create_task(run_rollout(serve.route, replace(endless(), attempt=2), verdicts.append))
+    second = asyncio.create_task(roll_out(serve, replace(endless(), attempt=2), verdicts.append))
     await begun(serve, looks=5, attempt=2)
     second.cancel()
     assert verdicts[0].look > 4 and verdicts[0].requests["canary"] > 0
 
 
 async def test_a_cleared_task_is_not_ended_by_the_kill_of_its_earlier_try(serve):
-    first = asyncio.create_task(run_rollout(serve.route, endless()))
+    first = asyncio.create_task(roll_out(serve, endless()))
     await begun(serve)
-    second = asyncio.create_task(run_rollout(serve.route, replace(endless(), attempt=2)))
+    second = asyncio.create_task(roll_out(serve, replace(endless(), attempt=2)))
     await begun(serve, attempt=2)
     assert await abort(serve.route, SPEC) is False
-    with pytest.raises(ConcurrentChangeError, match=r"took the route|attempt 2 of .* has taken"):
+    with pytest.raises(ConcurrentChangeError, match=r"took the target|attempt 2 of .* has taken"):
         await asyncio.wait_for(first, 60)
     await asyncio.sleep(0.2)
-    assert not second.done() and (await serve.route.state())["weight"] == 20
+    assert not second.done() and (await serve.route.report())["weight"] == 20
     assert await abort(serve.route, replace(SPEC, attempt=2)) is True
     with pytest.raises(ConcurrentChangeError):
         await asyncio.wait_for(second, 60)
-    assert (await serve.route.state())["weight"] == 0
+    assert (await serve.route.report())["weight"] == 0
 
 
 async def test_a_verdict_holds_before_the_next_rollout_begins_however_late_serve_passes_it_on(serve):
     serve.fake.lag = 0.3
     first = replace(SPEC, owner="dag/task/first/-1", version="1", stable_version="", stable_uri="")
-    assert (await run_rollout(serve.route, first))["verdict"] == "PROMOTE"
-    assert (await serve.route.state())["owner"] is None
-    assert (await run_rollout(serve.route, SPEC))["verdict"] == "PROMOTE"
+    assert (await roll_out(serve, first))["verdict"] == "PROMOTE"
+    assert (await serve.route.report())["owner"] is None
+    assert (await roll_out(serve, SPEC))["verdict"] == "PROMOTE"
 
 
 async def test_a_serve_that_is_slow_to_start_is_waited_for(serve):
     serve.fake.start = 3.0
-    assert (await run_rollout(serve.route, SPEC))["verdict"] == "PROMOTE"
+    assert (await roll_out(serve, SPEC))["verdict"] == "PROMOTE"
 
 
 async def test_a_rollout_that_was_killed_between_two_calls_does_not_take_the_traffic_back(serve):
@@ -206,28 +212,28 @@ async def test_a_rollout_that_was_killed_between_two_calls_does_not_take_the_tra
             serve.fake.books["m"].change({"action": "stop", "owner": SPEC.owner}, time.time())
 
     with pytest.raises(ConcurrentChangeError, match="ended from outside"):
-        await run_rollout(serve.route, SPEC, kill)
-    assert (await serve.route.state())["weight"] == 0
+        await roll_out(serve, SPEC, kill)
+    assert (await serve.route.report())["weight"] == 0
 
 
 async def test_evidence_is_not_continued_under_other_rules(serve):
     """A Dag changed between two tries: three steps have become two, so the old step would not even exist."""
     undecided = replace(SPEC, policy=replace(SPEC.policy, beta=1e-200))
-    running = asyncio.create_task(run_rollout(serve.route, undecided))
+    running = asyncio.create_task(roll_out(serve, undecided))
     await begun(serve)
-    while (await serve.route.state())["weight"] != 50:
+    while (await serve.route.report())["weight"] != 50:
         assert not running.done()
         await asyncio.sleep(0.01)
     await begun(serve, looks=len(SPEC.policy.steps) + 2)
     running.cancel()
     changed = replace(SPEC, attempt=2, policy=replace(SPEC.policy, steps=(5, 100)))
-    result = await run_rollout(serve.route, changed)
+    result = await roll_out(serve, changed)
     assert result["verdict"] == "PROMOTE" and [step["weight"] for step in result["steps"]] == [5]
 
 
 async def test_another_rollout_is_refused_while_one_runs(serve):
-    running = asyncio.create_task(run_rollout(serve.route, endless()))
+    running = asyncio.create_task(roll_out(serve, endless()))
     await begun(serve)
     with pytest.raises(ConcurrentChangeError, match="two rollouts of one model"):
-        await run_rollout(serve.route, replace(SPEC, owner="dag/task/other/-1"))
+        await roll_out(serve, replace(SPEC, owner="dag/task/other/-1"))
     running.cancel()

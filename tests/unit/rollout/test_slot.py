@@ -39,7 +39,8 @@ def test_a_model_in_a_format_of_its_own_is_loaded(slot, tmp_path):
     mlflow.xgboost.save_model(booster, path, pip_requirements=["xgboost"])
     slot.reconfigure({"version": "2", "uri": path})
     assert slot.describe() == {"version": "2", "uri": path, "revision": 0, "ready": True, "error": None}
-    assert 0 < slot.predict([{"x": 0.5}])[0] < 1
+    (chance,), replica = slot.predict([{"x": 0.5}])
+    assert 0 < chance < 1 and replica == ""
 
 
 def test_a_model_whose_probabilities_cannot_be_had_is_not_asked_for_its_labels():

@@ -6,17 +6,18 @@ import asyncio
 import json
 import time
 
-from airflow_mlops.rollout.controller import RolloutSpec
+from airflow_mlops.rollout.spec import RolloutSpec
 from airflow_mlops.triggers.canary import CanaryTrigger
 
 
 def arguments(**changes):
     spec = RolloutSpec("flights", "2", "/models/2", "1", "/models/1", "owner").to_json()
-    return {"spec": {**spec, "guardrails": None, **changes}, "route": {"name": "flights"}, "ray_conn_id": "ray_default"}
+    target = {"kind": "ray_serve", "name": "flights", "serve_url": "http://127.0.0.1:9"}
+    return {"spec": {**spec, "guardrails": None, **changes}, "place": {"target": target}}
 
 
 def trigger(**changes):
-    return CanaryTrigger(**arguments(**changes), serve_url="http://127.0.0.1:9")
+    return CanaryTrigger(**arguments(**changes))
 
 
 def test_serialization_round_trip():
