@@ -284,7 +284,7 @@ class KServeKnative(_KServe):
         await self._until_up(f"version {version} of {self.name}", look, claim)
         revision = _component(await self._there()).get("latestReadyRevision")
         await self._change_books(
-            claim, lambda now: replace(now, canary={**canary, "revision": revision}, leftover=None)
+            claim, lambda now: replace(now, canary={**(now.canary or {}), "revision": revision}, leftover=None)
         )
 
     async def _enter(self, claim: Claim, version: str, uri: str) -> Claim:
@@ -522,7 +522,9 @@ class KServeStandard(_KServe):
         arm: Arm = {"version": version, "uri": uri, "name": name}
         entered = stable
         self._service(arm)
-        claim = await self._change_books(claim, lambda books: replace(books, stable=entered, canary=arm, leftover=None))
+        claim = await self._change_books(
+            claim, lambda books: replace(books, stable=entered, canary=books.canary or arm, leftover=None)
+        )
         wanted = self._named(await self._predictor(version, uri), version)
 
         def make(isvc: Object) -> Object | None:
