@@ -227,7 +227,8 @@ class KServeKnative(_KServe):
             return Reading(0.0, None, version_of(spec), ready=_predicting(isvc), epoch=epoch, writer=writer)
         stable = str(books.stable.get("revision"))
         weight = float(sum(percent for name, percent in percents.items() if name != stable))
-        ready = {"stable"} if percents.get(stable, 0) else set()
+        # With all traffic at the canary the stable revision is asleep, and woken by the first percent.
+        ready = {"stable"} if percents.get(stable, 0) or books.weight == 100 else set()
         problem, foreign = None, None
         if books.canary is not None:
             newest = component.get("latestReadyRevision")

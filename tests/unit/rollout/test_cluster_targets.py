@@ -38,7 +38,7 @@ async def test_a_rollout_to_the_end(world):
         state = await target.state()
         assert (state.weight, state.configured, state.stable, state.canary) == (weight, weight, "1", "2")
         assert (state.problem, state.owner, state.rollout["step"]) == (None, OWNER, weight)
-        assert state.ready >= {"canary"}
+        assert state.ready == {"stable", "canary"}
         assert world.split() == {v: w for v, w in (("1", 100 - weight), ("2", weight)) if w}
     await target.promote(note(finished={"verdict": "PROMOTE"}))
     state = await target.state()
