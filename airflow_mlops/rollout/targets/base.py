@@ -138,7 +138,8 @@ class KubernetesTarget(ABC):
         if reading is None:
             return None
         now = self._clock()
-        canary = str(books.canary["version"]) if books.canary else None
+        # One that is still coming up has to be loaded again by whoever continues.
+        canary = str(books.canary["version"]) if books.canary and books.canary.get("up") else None
         stable = str(books.stable["version"]) if books.stable else reading.stable
         return TargetState(
             time=now,
@@ -156,13 +157,17 @@ class KubernetesTarget(ABC):
 
     async def deploy(self, version: str, uri: str) -> None:
         """Deploy the first version, with all traffic; returns when it serves."""
-        claim = await self.lease.read()
-        if claim.books.canary:
+        books = (await self.lease.read()).books
+        there = await self._read(books) is not None
+        if there and books.canary:
             raise ConcurrentChangeError(
-                f"{self.name} has version {claim.books.stable} and the canary {claim.books.canary}: nothing to deploy"
+                f"{self.name} serves version {(books.stable or {}).get('version')} and has the canary "
+                f"{books.canary['version']}: nothing to deploy first"
             )
+        # What the books say of a deployment that is gone is of no use.
+        kept = books if there else Books()
         arm = await self._first(version, uri)
-        await self.lease.change(lambda claim: replace(claim, books=replace(claim.books, stable=arm)))
+        await self.lease.change(lambda claim: replace(claim, books=replace(kept, stable=arm)))
 
     async def claim(self, owner: str, ttl: float) -> None:
         """Take the target for one rollout, for ``ttl`` seconds from now; by the same owner again: prolong it."""
@@ -187,6 +192,7 @@ class KubernetesTarget(ABC):
             await self._release(claim)
             claim = await self._change_books(claim, lambda books: replace(books, leftover=None))
         await self._bring_up(claim, version, uri)
+        await self._change_books(claim, lambda books: replace(books, canary={**(books.canary or {}), "up": True}))
 
     async def restore(self, version: str, uri: str) -> None:
         """Make a version the stable one with all traffic, because the registry's champion moved since."""
@@ -208,8 +214,8 @@ class KubernetesTarget(ABC):
         def make(claim: Claim) -> Claim:
             self._refuse(claim, annotation)
             canary = claim.books.canary
-            if canary is None or canary["version"] != version:
-                there = canary and canary["version"]
+            if canary is None or canary["version"] != version or not canary.get("up"):
+                there = canary and canary.get("up") and canary["version"]
                 raise ConcurrentChangeError(
                     f"{self.name} has {f'version {there}' if there else 'no version'} as canary, not {version}: load "
                     "it first"
@@ -228,6 +234,7 @@ class KubernetesTarget(ABC):
             # The answer to an earlier call was lost.
             return
         self._refuse(claim, annotation)
+        claim = await self._only(claim, annotation.get("version"))
         if claim.books.canary is not None:
             if self.watchdog is not None and claim.books.weight < 100:
                 await self.watchdog.watch(claim)
@@ -280,6 +287,16 @@ class KubernetesTarget(ABC):
         await self._change_books(claim, lambda books: replace(books, leftover=None))
 
     # Steps
+
+    async def _only(self, claim: Claim, version: Any) -> Claim:
+        """Have no other version than the one to promote as canary."""
+        canary, stable = claim.books.canary, claim.books.stable
+        if canary is None or version in (None, canary["version"]):
+            return claim
+        if stable is not None and stable["version"] == version:
+            # It serves already; what another rollout left behind is not what is meant.
+            return await self._set_aside(claim)
+        raise ConcurrentChangeError(f"{self.name} has version {canary['version']} as canary, not {version}")
 
     def _refuse_weight(self, weight: float, shadow: bool) -> None:
         if not 0 <= weight <= 100 or (self.whole and weight != int(weight)):

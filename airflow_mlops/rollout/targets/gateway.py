@@ -240,7 +240,7 @@ class GatewayRoute(KubernetesTarget):
         stable = books.stable
 
         def enter(now: Books) -> Books:
-            return replace(now, stable=now.stable or stable, canary=arm, leftover=None)
+            return replace(now, stable=now.stable or stable, canary=now.canary or arm, leftover=None)
 
         await self._change_books(claim, enter)
 

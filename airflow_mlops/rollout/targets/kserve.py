@@ -227,7 +227,8 @@ class KServeKnative(_KServe):
             return Reading(0.0, None, version_of(spec), ready=_predicting(isvc), epoch=epoch, writer=writer)
         stable = str(books.stable.get("revision"))
         weight = float(sum(percent for name, percent in percents.items() if name != stable))
-        ready = {"stable"} if percents.get(stable, 0) else set()
+        # With all traffic at the canary the stable revision is asleep, and woken by the first percent.
+        ready = {"stable"} if percents.get(stable, 0) or books.weight == 100 else set()
         problem, foreign = None, None
         if books.canary is not None:
             newest = component.get("latestReadyRevision")
@@ -284,7 +285,7 @@ class KServeKnative(_KServe):
         await self._until_up(f"version {version} of {self.name}", look, claim)
         revision = _component(await self._there()).get("latestReadyRevision")
         await self._change_books(
-            claim, lambda now: replace(now, canary={**canary, "revision": revision}, leftover=None)
+            claim, lambda now: replace(now, canary={**(now.canary or {}), "revision": revision}, leftover=None)
         )
 
     async def _enter(self, claim: Claim, version: str, uri: str) -> Claim:
@@ -522,7 +523,9 @@ class KServeStandard(_KServe):
         arm: Arm = {"version": version, "uri": uri, "name": name}
         entered = stable
         self._service(arm)
-        claim = await self._change_books(claim, lambda books: replace(books, stable=entered, canary=arm, leftover=None))
+        claim = await self._change_books(
+            claim, lambda books: replace(books, stable=entered, canary=books.canary or arm, leftover=None)
+        )
         wanted = self._named(await self._predictor(version, uri), version)
 
         def make(isvc: Object) -> Object | None:

@@ -33,7 +33,7 @@ class Books:
     """What is deployed, and how traffic is to be split.
 
     :param stable: ``version`` and ``uri`` of the stable arm, and what else its target remembers
-    :param canary: the same of the canary
+    :param canary: the same of the canary, and ``up`` once it could serve
     :param leftover: the same of an arm that has no traffic and waits for the clean-up
     :param weight: share for the canary, percent
     :param shadow: whether it gets copies
@@ -112,7 +112,9 @@ class Claim:
             raise ConcurrentChangeError(ENDED.format(owner))
 
     def refuse_earlier(self, owner: str, annotation: Mapping[str, Any]) -> None:
-        """Raise if a later attempt of the same task has taken the rollout over."""
+        """Raise if a later attempt of the same task has taken the rollout over; who names none is not asked."""
+        if "attempt" not in annotation:
+            return
         attempts = [int(each.get("attempt", 1)) for each in (annotation, self.rollout)]
         if self.rollout.get("owner") == owner and attempts[0] < attempts[1]:
             raise ConcurrentChangeError(f"attempt {attempts[1]} of {owner} has taken the rollout over")

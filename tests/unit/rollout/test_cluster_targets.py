@@ -38,7 +38,7 @@ async def test_a_rollout_to_the_end(world):
         state = await target.state()
         assert (state.weight, state.configured, state.stable, state.canary) == (weight, weight, "1", "2")
         assert (state.problem, state.owner, state.rollout["step"]) == (None, OWNER, weight)
-        assert state.ready >= {"canary"}
+        assert state.ready == {"stable", "canary"}
         assert world.split() == {v: w for v, w in (("1", 100 - weight), ("2", weight)) if w}
     await target.promote(note(finished={"verdict": "PROMOTE"}))
     state = await target.state()
@@ -161,6 +161,52 @@ async def test_an_earlier_attempt_is_refused(world):
         with pytest.raises(ConcurrentChangeError, match="attempt 2 of"):
             await getattr(target, name)(*args, note(attempt=1))
     assert world.split() == {"1": 95, "2": 5}
+
+
+async def test_the_last_attempt_ends_the_rollout_whatever_it_says_of_attempts(world):
+    target = await world.rolling(5)
+    await target.renew(OWNER, 60, note(attempt=3))
+    await target.promote({"owner": OWNER, "version": "2", "finished": {}})
+    assert world.split() == {"2": 100}
+
+
+async def test_a_version_that_serves_already_is_promoted_without_what_another_rollout_left(world):
+    target = await world.rolling(5, OTHER)
+    world.time.now += 61
+    await target.claim(OWNER, 60)
+    with pytest.raises(ConcurrentChangeError, match=r"ended from outside|has version 2 as canary, not 3"):
+        await target.promote({"owner": OWNER, "version": "3", "finished": {}})
+    await target.promote({"owner": OWNER, "version": "1", "finished": {}})
+    state = await target.state()
+    assert (state.stable, state.canary, state.owner) == ("1", None, None)
+    assert world.split() == {"1": 100}
+
+
+async def test_what_is_deleted_is_deployed_anew(world):
+    target = await world.rolling(5)
+    for kind in ("HTTPRoute", "InferenceService"):
+        for found in world.api.list(kind):
+            world.api.delete_now(kind, "default", found["metadata"]["name"])
+    assert await target.state() is None
+    await target.deploy("3", uri("3"))
+    state = await target.state()
+    assert (state.stable, state.canary, state.weight) == ("3", None, 0)
+    assert world.split() == {"3": 100}
+
+
+async def test_a_version_that_is_coming_up_is_no_canary_yet(world):
+    """Whoever continues has to load it again, not to split."""
+    target = world.target()
+    await target.deploy("1", uri("1"))
+    await target.claim(OWNER, 60)
+    world.serving.startup = 100
+    if world.kind == "gateway":
+        world.service("2", ready=False)
+    with pytest.raises(ExternalSystemError):
+        await target.load("2", uri("2"))
+    assert (await target.state()).canary is None
+    with pytest.raises(ConcurrentChangeError, match="has no version as canary, not 2: load it first"):
+        await target.split("2", 5, note())
 
 
 async def test_after_the_end_a_rollout_changes_nothing_more(world):
