@@ -383,7 +383,7 @@ async def test_a_failing_or_slow_canary_is_rolled_back(server, worse, guardrail)
 
 
 def test_the_connection_is_tested_against_a_real_server(server, monkeypatch):
-    value = {"conn_type": "prometheus", "host": server[0]}
+    value = {"conn_type": "prometheus", "host": server[0], "extra": {"timeout": "2.5"}}
     monkeypatch.setenv("AIRFLOW_CONN_PROMETHEUS_DEFAULT", json.dumps(value))
     ok, message = PrometheusHook().test_connection()
     assert ok and "targets" in message

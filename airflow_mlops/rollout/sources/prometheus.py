@@ -53,7 +53,8 @@ class PrometheusSource:
         Any of them that an arm lacks is a problem; ``requests`` is always needed
     :param name: ``{name}`` in the queries: the rollout's route or service
     :param namespace: ``{namespace}`` in the queries
-    :param workload: template of ``{workload}``, one for both arms or one each; the target's own names win
+    :param workload: template of ``{workload}``, one for both arms or one each; None: the name that the target gives,
+        else that of ``queries``
     :param labels: values of further placeholders
     :param arm_label: label that tells the arms in the answer to a query that is asked for both at once; its values are
         ``stable`` and ``canary``, versions or workloads
@@ -90,7 +91,7 @@ class PrometheusSource:
         self._api, self._queries = api, queries
         self.metrics = {name: metric for name, metric in queries.metrics.items() if name in needed}
         self._name, self._namespace = name, namespace
-        self._workload = workload if workload is not None else queries.workload
+        self._workload = workload
         self._labels = {**queries.labels, **(labels or {})}
         self._arm_label, self._max_age, self._delay = arm_label, max_age, delay
         self._settle = queries.settle if settle is None else settle
@@ -148,11 +149,11 @@ class PrometheusSource:
         values = {}
         for index, arm in enumerate(ARMS):
             own = {**shared, "arm": arm, "version": shared[arm], "index": str(index)}
-            template = self._workload if isinstance(self._workload, str) else self._workload.get(arm, "")
-            name = known.get(arm)
+            template = self._workload.get(arm) if isinstance(self._workload, Mapping) else self._workload
+            name = known.get(arm) if template is None else None
             if name is None and own["version"] is not None:
                 try:
-                    name = render(f'"{template}"', own)[1:-1]
+                    name = render(f'"{template or self._queries.workload}"', own)[1:-1]
                 except InvalidInputError:
                     name = None  # Needed only where a query has {workload}, and that says so.
             values[arm] = {**own, "workload": name}
