@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: Placeholders whose value differs between the arms: a query with one is asked for each, one without must tell them.
 PER_ARM = frozenset({"arm", "version", "workload", "index"})
 ANY = "any"
+#: Labels that differ between two scrapes of the same thing.
+SCRAPES = ("job", "instance", "prometheus", "prometheus_replica")
 
 
 @dataclass
@@ -102,12 +104,13 @@ class PrometheusSource:
         """Ask once and raise for what no waiting mends.
 
         :raises InvalidInputError: Prometheus refuses a query or the credentials, a query gives several series where one
-            is expected or no counts, or Prometheus knows no metric of a query's name
+            is expected or no counts, Prometheus knows no metric of a query's name, or has each request twice
         """
         try:
             async with self._api.session() as session:
                 parts = await self._ask(session, state, now)
                 await self._check_names(session, parts, now)
+                await self._check_scraped_once(session, state, now)
             self._counters(parts, now - self._delay, bare=True)
         except InvalidInputError:
             raise
@@ -256,6 +259,26 @@ class PrometheusSource:
                             f"the query {name!r} reads {known}, of which Prometheus has no series at all: is the name "
                             "right for the version in use, and is what exposes it scraped?"
                         )
+
+    async def _check_scraped_once(self, session: aiohttp.ClientSession, state: TargetState, now: float) -> None:
+        """:raises InvalidInputError: one replica's requests come from several scrapes, whose sum counts all twice"""
+        template = self.metrics["requests"].parts[COUNT]
+        if selectors(template) != [template.strip()] or not placeholders(template) & PER_ARM:
+            return  # Who writes an expression says how to sum up.
+        for values in self._values(state).values():
+            by = ", ".join(dict.fromkeys([*self._queries.replica, *SCRAPES]))
+            origins: dict[str, list[str]] = {}
+            for series in await self._api.query(session, f"group by ({by}) ({render(template, values)})", now):
+                labels = dict(series.labels)
+                replica = "/".join(labels.pop(each, "") for each in self._queries.replica)
+                origins.setdefault(replica, []).append(described(labels))
+            for replica, found in origins.items():
+                if len(found) > 1:
+                    raise InvalidInputError(
+                        f"the requests of replica {replica!r} are in Prometheus {len(found)} times: "
+                        f"{', '.join(found)}. If it is scraped twice, name one job in a query of your own; if these are different requests, "
+                        f"give the sum yourself: sum by ({', '.join(self._queries.replica)}) (...)"
+                    )
 
     def _counters(
         self, parts: Mapping[str, Mapping[str, _Part]], at: float, *, full: bool = False, bare: bool = False
