@@ -87,6 +87,9 @@ def server(tmp_path_factory):
     for pod, version in (("s-1", "1"), ("s-2", "1"), ("c-1", "2"), ("c-2", "2"), ("c-3", "3"), ("old", "9")):
         pods[pod] = Exporter(old_text if pod == "old" else pod_text(100, 0))
         targets.append((pods[pod].address, {"pod": pod, "version": version}))
+    for _ in range(2):
+        exporters.append(Exporter(pod_text(100, 0)))
+        targets.append((exporters[-1].address, {"pod": "t-1", "version": "4"}))
     with prometheus(tmp_path_factory.mktemp("prometheus"), targets) as url:
         yield url, pods
     for exporter in [*exporters, *pods.values()]:
@@ -278,6 +281,18 @@ async def test_bad_queries_are_explained_before_the_rollout_and_held_within_it(s
     assert seen.problem and seen.stable is None and seen.canary is None
 
 
+async def test_a_pod_that_is_scraped_twice_is_found(server):
+    twice = source(server, QUERIES)
+    with pytest.raises(InvalidInputError, match=r"replica 't-1' are in Prometheus 2 times: \{instance=.*one job"):
+        await twice.check(state(canary="4"), time.time())
+    await source(server, QUERIES).check(state(), time.time())
+    summed = {
+        **QUERIES,
+        "requests": 'max by (pod) (sum by (pod, instance) (model_requests_total{version="{version}"}))',
+    }
+    await source(server, summed, metrics=["requests"]).check(state(canary="4"), time.time())
+
+
 async def test_one_query_for_both_arms_tells_them_by_a_label(server):
     query = 'sum by (version, pod) (model_requests_total{version=~"{stable}|{canary}"})'
     per_arm, both = source(server, QUERIES), source(server, {**QUERIES, "requests": query})
@@ -383,7 +398,7 @@ async def test_a_failing_or_slow_canary_is_rolled_back(server, worse, guardrail)
 
 
 def test_the_connection_is_tested_against_a_real_server(server, monkeypatch):
-    value = {"conn_type": "prometheus", "host": server[0]}
+    value = {"conn_type": "prometheus", "host": server[0], "extra": {"timeout": "2.5"}}
     monkeypatch.setenv("AIRFLOW_CONN_PROMETHEUS_DEFAULT", json.dumps(value))
     ok, message = PrometheusHook().test_connection()
     assert ok and "targets" in message

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: Placeholders whose value differs between the arms: a query with one is asked for each, one without must tell them.
 PER_ARM = frozenset({"arm", "version", "workload", "index"})
 ANY = "any"
+#: Labels that differ between two scrapes of the same thing.
+SCRAPES = ("job", "instance", "prometheus", "prometheus_replica")
 
 
 @dataclass
@@ -53,7 +55,8 @@ class PrometheusSource:
         Any of them that an arm lacks is a problem; ``requests`` is always needed
     :param name: ``{name}`` in the queries: the rollout's route or service
     :param namespace: ``{namespace}`` in the queries
-    :param workload: template of ``{workload}``, one for both arms or one each; the target's own names win
+    :param workload: template of ``{workload}``, one for both arms or one each; None: the name that the target gives,
+        else that of ``queries``
     :param labels: values of further placeholders
     :param arm_label: label that tells the arms in the answer to a query that is asked for both at once; its values are
         ``stable`` and ``canary``, versions or workloads
@@ -90,7 +93,7 @@ class PrometheusSource:
         self._api, self._queries = api, queries
         self.metrics = {name: metric for name, metric in queries.metrics.items() if name in needed}
         self._name, self._namespace = name, namespace
-        self._workload = workload if workload is not None else queries.workload
+        self._workload = workload
         self._labels = {**queries.labels, **(labels or {})}
         self._arm_label, self._max_age, self._delay = arm_label, max_age, delay
         self._settle = queries.settle if settle is None else settle
@@ -101,12 +104,13 @@ class PrometheusSource:
         """Ask once and raise for what no waiting mends.
 
         :raises InvalidInputError: Prometheus refuses a query or the credentials, a query gives several series where one
-            is expected or no counts, or Prometheus knows no metric of a query's name
+            is expected or no counts, Prometheus knows no metric of a query's name, or has each request twice
         """
         try:
             async with self._api.session() as session:
                 parts = await self._ask(session, state, now)
                 await self._check_names(session, parts, now)
+                await self._check_scraped_once(session, state, now)
             self._counters(parts, now - self._delay, bare=True)
         except InvalidInputError:
             raise
@@ -148,11 +152,11 @@ class PrometheusSource:
         values = {}
         for index, arm in enumerate(ARMS):
             own = {**shared, "arm": arm, "version": shared[arm], "index": str(index)}
-            template = self._workload if isinstance(self._workload, str) else self._workload.get(arm, "")
-            name = known.get(arm)
+            template = self._workload.get(arm) if isinstance(self._workload, Mapping) else self._workload
+            name = known.get(arm) if template is None else None
             if name is None and own["version"] is not None:
                 try:
-                    name = render(f'"{template}"', own)[1:-1]
+                    name = render(f'"{template or self._queries.workload}"', own)[1:-1]
                 except InvalidInputError:
                     name = None  # Needed only where a query has {workload}, and that says so.
             values[arm] = {**own, "workload": name}
@@ -255,6 +259,26 @@ class PrometheusSource:
                             f"the query {name!r} reads {known}, of which Prometheus has no series at all: is the name "
                             "right for the version in use, and is what exposes it scraped?"
                         )
+
+    async def _check_scraped_once(self, session: aiohttp.ClientSession, state: TargetState, now: float) -> None:
+        """:raises InvalidInputError: one replica's requests come from several scrapes, whose sum counts all twice"""
+        template = self.metrics["requests"].parts[COUNT]
+        if selectors(template) != [template.strip()] or not placeholders(template) & PER_ARM:
+            return  # Who writes an expression says how to sum up.
+        for values in self._values(state).values():
+            by = ", ".join(dict.fromkeys([*self._queries.replica, *SCRAPES]))
+            origins: dict[str, list[str]] = {}
+            for series in await self._api.query(session, f"group by ({by}) ({render(template, values)})", now):
+                labels = dict(series.labels)
+                replica = "/".join(labels.pop(each, "") for each in self._queries.replica)
+                origins.setdefault(replica, []).append(described(labels))
+            for replica, found in origins.items():
+                if len(found) > 1:
+                    raise InvalidInputError(
+                        f"the requests of replica {replica!r} are in Prometheus {len(found)} times: "
+                        f"{', '.join(found)}. If it is scraped twice, name one job in a query of your own; if these are different requests, "
+                        f"give the sum yourself: sum by ({', '.join(self._queries.replica)}) (...)"
+                    )
 
     def _counters(
         self, parts: Mapping[str, Mapping[str, _Part]], at: float, *, full: bool = False, bare: bool = False

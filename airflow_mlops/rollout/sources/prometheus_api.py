@@ -61,7 +61,7 @@ class PrometheusApi:
         """
         import aiohttp
 
-        form = {"query": query, "timeout": f"{self._timeout:g}s"}
+        form = {"query": query, "timeout": f"{self._timeout:g}"}
         if at is not None:
             form["time"] = f"{at:.3f}"
         try:

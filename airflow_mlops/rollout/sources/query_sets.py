@@ -88,8 +88,9 @@ def _status_set(name: str, matchers: str, code: str, latency: str, unit: str, **
     )
 
 
-_KSERVE = 'namespace="{namespace}",pod=~"{workload}-predictor-.+"'
-_KNATIVE = 'namespace="{namespace}",pod=~"{workload}-deployment-.+"'
+_POD = "-[a-z0-9]+-[a-z0-9]+"  # What a Deployment's name is followed by in its pods'.
+_KSERVE = 'namespace="{namespace}",pod=~"{workload}' + _POD + '"'
+_KNATIVE = 'namespace="{namespace}",pod=~"{workload}-deployment' + _POD + '"'
 _KNATIVE_OLD = 'namespace_name="{namespace}",revision_name="{workload}"'
 _ISTIO = 'reporter="{reporter}",destination_workload="{workload}",destination_workload_namespace="{namespace}"'
 _ENVOY = 'envoy_cluster_name="{workload}"'
@@ -100,13 +101,14 @@ _ROUTE = 'route="{name}",version="{version}"'
 QUERY_SETS: Mapping[str, QuerySet] = {
     # kserve/kserve python/kserve/kserve/metrics.py: histograms by model_name and nothing else, so no errors: a failed
     # prediction is timed like any other. For errors take the metrics of what stands before it: knative, istio,
-    # envoy_gateway. ``namespace`` and ``pod`` are the labels that a PodMonitor adds; a predictor's pods are
-    # <InferenceService>-predictor-... in Standard mode.
+    # envoy_gateway. ``namespace`` and ``pod`` are the labels that a PodMonitor adds. ``{workload}`` is the predictor's
+    # Deployment, by default that of one InferenceService for each version.
     "kserve": QuerySet(
         {
             "requests": counter(f"request_predict_seconds_count{{{_KSERVE}}}"),
             "latency": histogram("request_predict_seconds", _KSERVE),
         },
+        workload="{name}-v{version}-predictor",
         settle=10.0,
     ),
     # Queue-proxy since the OpenTelemetry migration, Knative 1.19 and newer (names as fixed by knative/serving#16290;

@@ -217,6 +217,16 @@ async def test_a_problem_of_the_target_is_that_of_the_look_and_nothing_is_asked(
     assert seen.problem == "the gateway refuses the route" and standin.requests == []
 
 
+class _Named:
+    """A state whose target knows the names of its workloads."""
+
+    def __init__(self, state, workloads):
+        self._state, self.workloads = state, workloads
+
+    def __getattr__(self, name):
+        return getattr(self._state, name)
+
+
 async def test_the_target_names_the_arms_workloads(standin, target):
     queries = {"requests": 'r{w="{workload}",n="{name}",i="{index}",x="{extra}"}'}
     source = reader(
@@ -229,6 +239,11 @@ async def test_the_target_names_the_arms_workloads(standin, target):
     await look(source, target())
     query = standin.requests[0][2]["query"]
     assert 'r{w="flights-a",n="flights",i="0",x="y"}' in query and 'r{w="flights-2",n="flights",i="1",x="y"}' in query
+    standin.requests.clear()
+    await look(
+        reader(standin, {"requests": 'r{w="{workload}"}'}), _Named(target(), {"stable": "rev-1", "canary": "rev-2"})
+    )
+    assert 'r{w="rev-1"}' in standin.requests[0][2]["query"] and 'r{w="rev-2"}' in standin.requests[0][2]["query"]
     missing = reader(standin, {"requests": 'r{w="{workload}"}'})
     assert "{workload}" in (await look(missing, target())).problem
 
