@@ -46,7 +46,7 @@ def get_provider_info() -> dict[str, Any]:
                 "Feast": ["feast"],
                 "MLflow": ["mlflow", "gate"],
                 "DVC": ["dvc"],
-                "Ray Serve": ["canary"],
+                "Ray Serve": ["canary", "rollback"],
             },
         ),
         "sensors": _modules("sensors", {"Evidently": ["drift"]}),

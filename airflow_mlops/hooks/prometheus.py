@@ -131,7 +131,7 @@ def _url(connection: Connection) -> str:
     named = "://" not in host
     url = urlsplit(f"{connection.schema or 'http'}://{host}" if named else host)
     try:
-        port = url.port or connection.port or (PORT if named else None)
+        port = url.port if url.port is not None else connection.port or (PORT if named else None)
     except ValueError:
         port = 0
     if not url.hostname or url.scheme not in ("http", "https") or port == 0 or url.username or url.query:

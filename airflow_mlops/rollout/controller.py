@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -128,7 +129,7 @@ async def run_rollout(
     began = clock()
     begun = await prepare(target, source, spec, before or {}, hands)
     if isinstance(begun, dict):
-        return begun
+        return begun if begun.pop("done", False) else await _conclude(target, spec, begun, finishing)
     progress, judge = begun, begun.judge
     if not progress.since:
         progress.begin_step(clock())
@@ -142,7 +143,7 @@ async def run_rollout(
         weight = judge.weight
         verdict = judge.observe(observation)
         if verdict.decision == APPROVE and (answer := await hands.ask(verdict)) is not None:
-            verdict = judge.approve(answer.step, answer.approved, answer.by, clock())
+            judge.approve(answer.step, answer.approved, answer.by, clock())
         hands.on_look(verdict)
         progress.history.add(clock(), verdict)
         if verdict.final or verdict.decision == PROMOTE_STEP:
@@ -156,9 +157,12 @@ async def run_rollout(
                 clock() - progress.annotation.get("began", began),
             )
             result["history"] = progress.history.to_json()
-            if finishing or verdict.decision != PROMOTE:
-                await finish(target, spec, result)
-            return result
+            # First what is to be done, so that whoever continues does that and nothing else.
+            decided = {**progress.saved(), "decided": result}
+            hands.keep(decided)
+            with suppress(ExternalSystemError):
+                await target.renew(spec.owner, spec.ttl, decided)
+            return await _conclude(target, spec, result, finishing)
         annotation = progress.saved()
         hands.keep(annotation)
         try:
@@ -173,17 +177,26 @@ async def run_rollout(
             await hands.sleep(spec.poll_interval)
 
 
+async def _conclude(target: Target, spec: RolloutSpec, result: dict[str, Any], finishing: bool) -> dict[str, Any]:
+    """Make the verdict last, or leave that to the caller: the result then says that it is ``pending``."""
+    if result["verdict"] == PROMOTE and not finishing:
+        return {**result, "pending": True}
+    await finish(target, spec, result)
+    return result
+
+
 def _holds(state: TargetState, spec: RolloutSpec) -> bool:
     """Whether the target's rollout is that of ``spec``, and no later attempt has taken it over."""
     return spec.owns(state.rollout) and int(state.rollout.get("attempt", 1)) <= spec.attempt
 
 
 def _is_split(state: TargetState, judge: Judge) -> bool:
-    return state.configured == judge.weight and state.shadow == judge.shadow
+    return state.configured == judge.weight and state.shadow == (judge.weight == 0)
 
 
 async def _split(target: Target, spec: RolloutSpec, judge: Judge, annotation: Mapping[str, Any]) -> None:
-    await target.split(spec.version, float(judge.weight), annotation, shadow=judge.shadow)
+    """Give the canary the current step's share; at a step of 0 % copies."""
+    await target.split(spec.version, float(judge.weight), annotation, shadow=judge.weight == 0)
     await target.renew(spec.owner, spec.ttl, annotation)
 
 
@@ -207,57 +220,72 @@ async def _vanished(target: Target) -> bool:
 async def prepare(
     target: Target, source: EvidenceSource, spec: RolloutSpec, before: Mapping[str, Any], hands: Hands
 ) -> _Progress | dict[str, Any]:
-    """Bring the target to the rollout's current step; the result, when nothing is left to do."""
+    """Bring the target to the rollout's current step.
+
+    :return: the rollout under way; or its result, marked as ``done`` when nothing at all is left to do
+    """
     state = await target.state()
     if state is None and not spec.stable_version:
-        return await _only_version(target, spec)
+        await target.deploy(spec.version, spec.uri)
+        await target.claim(spec.owner, spec.ttl)
+        return _uncompared(spec, None, "there is no champion to compare with: deployed at 100 %")
     if state is None:
         await target.deploy(spec.stable_version, spec.stable_uri)
     state = await _serving(target, spec, hands)
     kept = state.rollout or before
     if spec.owns(kept) and kept.get("finished"):
-        return dict(kept["finished"])
+        return {**kept["finished"], "done": True}
     await source.check(state, hands.clock())
     await target.claim(spec.owner, spec.ttl)
+    if spec.continues(kept) and kept.get("decided"):
+        return dict(kept["decided"])
     if state.stable == spec.version:
         reason = "this version already serves all traffic; nothing to compare"
-        result = result_of(spec, Verdict(PROMOTE, 100, 0, 0, [reason]), [], spec.stable_version or None, 0.0)
-        await finish(target, spec, result)
-        return result
+        return _uncompared(spec, spec.stable_version or None, reason)
     if spec.stable_version and state.stable != spec.stable_version:
         await _keeping(target, spec, target.restore(spec.stable_version, spec.stable_uri))
-    if spec.continues(kept):
-        judge, annotation = Judge(spec.policy, spec.guardrails, kept["judge"]), {**kept, "attempt": spec.attempt}
-    else:
-        judge = Judge(spec.policy, spec.guardrails)
-        annotation = {
-            "owner": spec.owner,
-            "attempt": spec.attempt,
-            "model": spec.model,
-            "version": spec.version,
-            "previous": spec.stable_version or state.stable,
-            "rules": spec.rules,
-            "began": hands.clock(),
-        }
-    progress = _Progress.of(judge, annotation)
-    if state.canary != spec.version:
+    progress = _progress(spec, kept, state, hands)
+    # Whoever loaded it may have died before it was up.
+    if state.canary != spec.version or "canary" not in state.ready:
         try:
             await _keeping(target, spec, target.load(spec.version, spec.uri))
         except InvalidInputError as error:
             verdict = Verdict(ROLLBACK, 0, 0, 0, [f"the challenger could not be loaded: {error}"])
-            result = result_of(spec, verdict, [], annotation["previous"], 0.0)
-            await finish(target, spec, result)
-            return result
-    await _split(target, spec, judge, progress.saved())
+            return result_of(spec, verdict, [], progress.annotation["previous"], 0.0)
+    await _split(target, spec, progress.judge, progress.saved())
     return progress
 
 
+def _progress(spec: RolloutSpec, kept: Mapping[str, Any], state: TargetState, hands: Hands) -> _Progress:
+    """The rollout as an earlier process left it, or a new one."""
+    if spec.continues(kept):
+        return _Progress.of(Judge(spec.policy, spec.guardrails, kept["judge"]), {**kept, "attempt": spec.attempt})
+    annotation = {
+        "owner": spec.owner,
+        "attempt": spec.attempt,
+        "model": spec.model,
+        "version": spec.version,
+        "previous": spec.stable_version or state.stable,
+        "rules": spec.rules,
+        "began": hands.clock(),
+    }
+    return _Progress.of(Judge(spec.policy, spec.guardrails), annotation)
+
+
+def _uncompared(spec: RolloutSpec, previous: str | None, reason: str) -> dict[str, Any]:
+    """The result of a version that has all traffic without a comparison."""
+    return result_of(spec, Verdict(PROMOTE, 100, 0, 0, [reason]), [], previous, 0.0)
+
+
 async def _serving(target: Target, spec: RolloutSpec, hands: Hands) -> TargetState:
-    """The target's state once stable serves: after a deployment or a restart that takes a moment."""
+    """The target's state once it serves: after a deployment or a restart that takes a moment.
+
+    A kill in the middle of a promotion may have left all traffic with the canary.
+    """
     deadline = hands.clock() + spec.startup_timeout
     while True:
         state = await _look(target)
-        if isinstance(state, TargetState) and "stable" in state.ready:
+        if isinstance(state, TargetState) and ("stable" in state.ready or (state.weight and "canary" in state.ready)):
             return state
         if hands.clock() > deadline:
             problem = state if isinstance(state, str) else state.problem or "its stable version is not ready"
@@ -278,19 +306,15 @@ async def _keeping(target: Target, spec: RolloutSpec, work: Awaitable[T]) -> T:
         task.cancel()
 
 
-async def _only_version(target: Target, spec: RolloutSpec) -> dict[str, Any]:
-    """No champion and nothing deployed: the challenger gets all traffic, without a comparison."""
-    await target.deploy(spec.version, spec.uri)
-    await target.claim(spec.owner, spec.ttl)
-    reason = "there is no champion to compare with: deployed at 100 %"
-    result = result_of(spec, Verdict(PROMOTE, 100, 0, 0, [reason]), [], None, 0.0)
-    await finish(target, spec, result)
-    return result
-
-
 async def finish(target: Target, spec: RolloutSpec, result: Mapping[str, Any]) -> None:
     """Make the verdict last: the promoted version becomes stable, any other loses its traffic at once."""
-    note = {"owner": spec.owner, "model": spec.model, "version": spec.version, "finished": dict(result)}
+    note = {
+        "owner": spec.owner,
+        "attempt": spec.attempt,
+        "model": spec.model,
+        "version": spec.version,
+        "finished": dict(result),
+    }
     if result["verdict"] == PROMOTE:
         await target.promote(note)
     else:

@@ -173,7 +173,8 @@ def judged(looks):
 
 async def deploy_other_application():
     async with RayServeHook().get_conn() as client:
-        await client.put_application({"name": "other", "route_prefix": "/other", "import_path": "other_app:app"})
+        other = {"name": "other", "route_prefix": "/other", "import_path": "other_app:app"}
+        await client.put_application(other, timeout=180)
 
 
 async def application_names():

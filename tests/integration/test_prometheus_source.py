@@ -1,4 +1,4 @@
-"""Evidence from a real Prometheus: the built-in queries on recorded text, resets, dead pods, and the judge's verdict."""
+"""Evidence from a real Prometheus: built-in queries on recorded text, resets, dead pods, the judge's verdicts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.prometheus import BINARY, INTERVAL, MISSING, Exporter, prometheus, sections
 
 from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.hooks.prometheus import PrometheusHook
@@ -20,7 +21,6 @@ from airflow_mlops.rollout.sources.prometheus_api import PrometheusApi
 from airflow_mlops.rollout.sources.query_sets import QUERY_SETS, queries_of
 from airflow_mlops.rollout.targets.book import Book
 from airflow_mlops.rollout.targets.protocol import TargetState
-from tests.support.prometheus import BINARY, INTERVAL, MISSING, Exporter, prometheus, sections
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason=MISSING)
 
@@ -88,7 +88,6 @@ def server(tmp_path_factory):
         pods[pod] = Exporter(old_text if pod == "old" else pod_text(100, 0))
         targets.append((pods[pod].address, {"pod": pod, "version": version}))
     with prometheus(tmp_path_factory.mktemp("prometheus"), targets) as url:
-        time.sleep(6 * INTERVAL)
         yield url, pods
     for exporter in [*exporters, *pods.values()]:
         exporter.stop()
@@ -309,14 +308,19 @@ async def test_of_the_metrics_only_those_that_guardrails_read_are_asked_for(serv
 class Traffic:
     """Two pods an arm, each with counters of its own; requests follow the weight."""
 
-    def __init__(self, pods, *, errors=(0.01, 0.01), slow=(0.02, 0.02), seed=1):
-        self.pods, self.errors, self.slow = pods, errors, slow
+    def __init__(self, pods, *, errors=(0.01, 0.01), slow=(0.02, 0.02), requests=20_000, seed=1):
+        self.pods, self.errors, self.slow, self.requests = pods, errors, slow, requests
+        self.served = {"stable": 0, "canary": 0}
         self.rng = np.random.default_rng(seed)
         self.totals = {pod: np.zeros(3, int) for pod in ("s-1", "s-2", "c-1", "c-2")}
 
-    def serve(self, weight, requests=20_000):
-        canary = int(self.rng.binomial(requests, weight / 100))
-        for arm, (prefix, n) in enumerate((("s", requests - canary), ("c", canary))):
+    def serve(self, weight):
+        canary = int(self.rng.binomial(self.requests, weight / 100))
+        self.served = {
+            "stable": self.served["stable"] + self.requests - canary,
+            "canary": self.served["canary"] + canary,
+        }
+        for arm, (prefix, n) in enumerate((("s", self.requests - canary), ("c", canary))):
             first = int(self.rng.binomial(n, 0.5))
             for pod, share in ((f"{prefix}-1", first), (f"{prefix}-2", n - first)):
                 failed, slow = self.rng.binomial(share, (self.errors[arm], self.slow[arm]))
@@ -331,16 +335,17 @@ class Traffic:
             self.pods[pod].text = pod_text(int(requests), int(failed), slow=int(slow))
 
 
-async def judged(server, traffic, looks=14, restart_at=None):
-    """The last verdict of a rollout whose evidence comes through Prometheus, and all observations."""
+async def judged(server, traffic, looks=24, restarts=()):
+    """The last verdict of a rollout whose evidence comes through Prometheus, and all observations.
+
+    :param restarts: pods that are restarted, one after each look that was judged
+    """
     policy = RolloutPolicy(steps=(20, 50, 100), min_requests=1000, deadline_seconds=3600)
     judge = Judge(policy, ["errors", "latency"])
     reader = source(server, QUERIES, metrics=["errors", "latency"])
     traffic.show()
-    seen = []
-    for index in range(looks):
-        if index == restart_at:
-            traffic.restart("c-2")
+    seen, restarts = [], list(restarts)
+    for _ in range(looks):
         traffic.serve(judge.weight)
         await asyncio.sleep(2.5 * INTERVAL)
         weight = float(judge.weight)
@@ -348,18 +353,24 @@ async def judged(server, traffic, looks=14, restart_at=None):
         verdict = judge.observe(seen[-1])
         assert len(json.dumps(judge.state())) < 32_000
         if verdict.final:
-            return verdict, seen
+            break
+        if restarts and verdict.requests["canary"]:
+            traffic.restart(restarts.pop(0))
     return verdict, seen
 
 
-async def test_an_equal_canary_is_promoted_though_one_of_its_pods_restarts(server):
-    verdict, seen = await judged(server, Traffic(server[1]), looks=24, restart_at=3)
+async def test_an_equal_canary_is_promoted_though_its_pods_restart(server):
+    traffic = Traffic(server[1], requests=3000)
+    verdict, seen = await judged(server, traffic, restarts=["c-2", "s-1"])
     assert verdict.decision == PROMOTE, verdict
-    counts = [each.canary["c-2"]["counts"]["requests"] for each in seen if each.canary]
-    assert any(after < before for before, after in itertools.pairwise(counts))
+    for pod in ("c-2", "s-1"):
+        counts = [
+            arm[pod]["counts"]["requests"] for each in seen for arm in (each.canary, each.stable) if pod in (arm or {})
+        ]
+        assert any(after < before for before, after in itertools.pairwise(counts))
     assert {account["status"] for account in verdict.guardrails.values()} == {"ok"}
-    # What was judged is what was served, but for the first reading of each step and the restart.
-    assert 0 < verdict.requests["canary"] <= 20_000 * 24
+    # Never more than was served, although counters began anew.
+    assert all(verdict.requests[arm] <= served for arm, served in traffic.served.items())
 
 
 @pytest.mark.parametrize(

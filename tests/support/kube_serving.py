@@ -1,8 +1,8 @@
 """What serves models in a cluster, for tests: KServe's controllers in both modes, Knative, a Gateway.
 
 One :meth:`Serving.step` reconciles everything once, so that a test's own waiting is what lets time pass. The rules are
-those of KServe's sources: ``createKnativeService`` and ``PropagateStatus`` (with what they do to a revision's split over
-itself), ``applyCanaryWeights``, and that an InferenceService's annotations go into the pods.
+those of KServe's sources: ``createKnativeService`` and ``PropagateStatus``, with what they do when a revision shares
+traffic with itself, ``applyCanaryWeights``, and that an InferenceService's annotations go into the pods.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ class Serving:
         template = {
             key: value for key, value in predictor.items() if key not in ("canaryTrafficPercent", "minReplicas")
         }
+        template["model"] = {key: value for key, value in predictor["model"].items() if value != ""}
         text = json.dumps([template, isvc["metadata"].get("annotations")], sort_keys=True)
         version = (predictor.get("labels") or {}).get(VERSION_LABEL, "")
         return Pods(name, text, predictor["model"]["storageUri"], version, self.steps)
@@ -378,6 +379,7 @@ class MemoryClient:
 
     :param api: the stand-in; it needs not be started
     :ivar patches: what was patched: (kind, name, change)
+    :ivar log: the same with the number of the call
     :ivar kill: called before and after each call with its number; raises :class:`KilledError`
     """
 
@@ -385,6 +387,7 @@ class MemoryClient:
         self.api = api
         self.calls = 0
         self.patches: list[tuple[str, str, Object]] = []
+        self.log: list[tuple[int, tuple[str, str, Object]]] = []
         self.kill: Callable[[int, bool], None] = lambda number, after: None
 
     async def _do(self, work: Callable[[], Any]) -> Any:
@@ -424,6 +427,7 @@ class MemoryClient:
                 found, namespace or "default", name, lambda old: kube_objects.merge_patch(old, body), manager="rollout"
             )
             self.patches.append((resource.kind, name, body))
+            self.log.append((self.calls, self.patches[-1]))
             return copy.deepcopy(result)
 
         return self._do(work)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 BINARY = shutil.which("prometheus")
 MISSING = "no prometheus binary here; Debian has it as the package prometheus"
-INTERVAL = 0.3
+INTERVAL = 0.4
 
 
 class Exporter:
@@ -35,7 +35,8 @@ class Exporter:
                 self.send_header("Content-Type", "text/plain; version=0.0.4")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(BrokenPipeError):
+                    self.wfile.write(body)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -84,7 +85,7 @@ def prometheus(folder: Path, targets: Sequence[tuple[str, Mapping[str, str]]]) -
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_ready(url, process, folder / "log")
+        _wait_ready(url, len(targets), process, folder / "log")
         yield url
     finally:
         process.terminate()
@@ -95,12 +96,17 @@ def prometheus(folder: Path, targets: Sequence[tuple[str, Mapping[str, str]]]) -
             process.wait()
 
 
-def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> None:
+def _wait_ready(url: str, targets: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> None:
+    """Until every target has been scraped."""
     deadline = time.monotonic() + seconds
     while True:
         assert process.poll() is None, log.read_text()
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/-/ready", timeout=2) as answer:
-            if answer.status == 200:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"{url}/api/v1/query?query=sum(up)", timeout=2) as got,
+        ):
+            result = json.load(got)["data"]["result"]
+            if result and float(result[0]["value"][1]) == targets:
                 return
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)

@@ -209,7 +209,11 @@ class PrometheusSource:
         values: Mapping[str, Mapping[str, str | None]],
     ) -> None:
         labels = dict(series.labels)
-        arm, name, part, what = labels.pop(PART).split("/")
+        try:
+            arm, name, part, what = labels.pop(PART, "").split("/")
+        except ValueError:
+            message = f"answers in a form that cannot be read: {described(labels)} was not asked for"
+            raise ExternalSystemError(f"Prometheus at {self._api.url} {message}") from None
         if arm == ANY:
             label = labels.pop(self._arm_label, None)
             arms = [arm for arm in ARMS if label in (arm, values[arm]["version"], values[arm]["workload"])]
@@ -224,7 +228,8 @@ class PrometheusSource:
         replica = "/".join(filter(None, (labels.pop(each, "") for each in self._queries.replica)))
         target = found[arm].setdefault(f"{name}.{part}", _Part())
         if what == "time":
-            target.times[replica] = max(series.value, target.times.get(replica, -math.inf))
+            if math.isfinite(series.value):
+                target.times[replica] = max(series.value, target.times.get(replica, -math.inf))
             return
         edge = labels.pop("le", "") if part in (HISTOGRAM, "buckets") else ""
         cell = target.values.setdefault(replica, {})
@@ -283,7 +288,7 @@ class PrometheusSource:
             # A replica whose parts are not all fresh would mix two instants.
             times = [part.time(replica) for part in parts.values() if replica in part.values]
             newest = min((time for time in times if time is not None), default=-math.inf)
-            if at - newest > self._max_age:
+            if not at - newest <= self._max_age:
                 stale.append(newest)
                 continue
             counters[replica] = self._replica(arm, replica, parts)

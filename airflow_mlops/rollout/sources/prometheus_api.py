@@ -151,6 +151,6 @@ def _start(text: str) -> str:
 
 def whole(value: float) -> int | None:
     """A counter's value as a count; ``None`` when it is none. Counters are floats, exact up to 2**53."""
-    if not math.isfinite(value) or value < 0 or abs(value - round(value)) > 1e-6 * max(1.0, value):
+    if not math.isfinite(value) or value < 0 or abs(value - round(value)) > 1e-6:
         return None
     return round(value)

@@ -185,6 +185,8 @@ def metric_from(name: str, value: Any) -> Metric:
 
     :raises InvalidInputError: another form, or a query that cannot give counts
     """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise InvalidInputError(f"the name {name!r} of a query has other signs than letters, digits and _")
     given = {"query": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     unit, zero, query = given.pop("unit", None), bool(given.pop("zero", False)), given.pop("query", None)
     texts = [*given.values(), *([] if query is None else [query])]
@@ -200,8 +202,9 @@ def metric_from(name: str, value: Any) -> Metric:
         return Metric(MOMENTS, given, unit or "none")
     if metric_of(selectors(query)[0]).endswith("_bucket"):
         return Metric(HISTOGRAM, {HISTOGRAM: query, **given}, unit or _unit_of(query))
-    if given:
-        raise InvalidInputError(f"the query {name!r} has a sum, but its series are no _bucket; give count and sum")
+    if given or unit:
+        option = "sum" if given else "unit"
+        raise InvalidInputError(f"the query {name!r} has a {option}, but its series are no _bucket: it is a count")
     return Metric(COUNT, {COUNT: query}, zero=zero)
 
 

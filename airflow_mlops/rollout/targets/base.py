@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
-from airflow_mlops.rollout.targets.kube import KubernetesClient, Object
-from airflow_mlops.rollout.targets.lease import RACES, Arm, Books, Claim, RolloutLease
+from airflow_mlops.rollout.targets.kube import RACES, KubernetesClient, Object
+from airflow_mlops.rollout.targets.lease import Arm, Books, Claim, RolloutLease
 from airflow_mlops.rollout.targets.protocol import TargetState
 from airflow_mlops.rollout.targets.watch import Watchdog
 
@@ -267,8 +267,8 @@ class KubernetesTarget(ABC):
             return True
         if claim.holder is not None:
             return False
-        # A kill may have come between the books and the route.
-        await self._to_nothing(claim)
+        # A kill may have come between the books and the route. The canary stays: its owner may come back.
+        await self._to_nothing(claim, withdraw=False)
         return True
 
     async def clean_up(self) -> None:
@@ -317,14 +317,15 @@ class KubernetesTarget(ABC):
         await self._until_split(claim)
         return await self._change_books(claim, _settled)
 
-    async def _to_nothing(self, claim: Claim) -> Claim:
+    async def _to_nothing(self, claim: Claim, *, withdraw: bool = True) -> Claim:
         """Take all traffic from the canary, whoever gave it to it."""
         if claim.books.canary is None:
             return claim
         claim = await self._change_books(claim, lambda books: books.moving(0.0, False))
         await self._shift(claim, force=True)
         await self._until_split(claim)
-        await self._withdraw(claim)
+        if withdraw:
+            await self._withdraw(claim)
         return await self._change_books(claim, _settled)
 
     async def _set_aside(self, claim: Claim) -> Claim:
@@ -392,6 +393,7 @@ class KubernetesTarget(ABC):
                 return
             if foreign := self._foreign(claim.books, reading):
                 raise ConcurrentChangeError(foreign)
+            await self.lease.check(claim)
             if self._clock() >= deadline:
                 raise self._not_split(claim, reading)
             await self._sleep(self.poll)
@@ -406,14 +408,18 @@ class KubernetesTarget(ABC):
             f"it {reading.weight:g} %: {reading.problem or 'no reason is told'}"
         )
 
-    async def _until_up(self, what: str, look: Callable[[], Awaitable[tuple[bool, str, str | None]]]) -> None:
-        """Wait until ``look`` says (ready, what it looks like, why it never will be)."""
+    async def _until_up(
+        self, what: str, look: Callable[[], Awaitable[tuple[bool, str, str | None]]], claim: Claim | None = None
+    ) -> None:
+        """Wait until ``look`` says (ready, what it looks like, why it never will be), while the claim holds."""
         began = self._clock()
         failing: float | None = None
         while True:
             ready, seen, failure = await look()
             if ready:
                 return
+            if claim is not None:
+                await self.lease.check(claim)
             now = self._clock()
             failing = None if failure is None else failing if failing is not None else now
             if failing is not None and now - failing >= min(FAILURE_GRACE, self.ready_timeout / 2):
@@ -426,5 +432,5 @@ class KubernetesTarget(ABC):
 def _settled(books: Books) -> Books:
     """Traffic follows the books."""
     if books.canary is None:
-        return replace(books, weight=0.0, shadow=False, was=None)
-    return replace(books, was=None)
+        return replace(books, weight=0.0, shadow=False, was=())
+    return replace(books, was=())

@@ -15,6 +15,7 @@ from airflow_mlops.rollout.targets.kube import (
     VERSION_LABEL,
     KubernetesClient,
     Object,
+    ensure,
     fits,
     is_true,
     name_part,
@@ -177,11 +178,7 @@ class InferenceServices(_Named):
         }
         found = await self.client.aget(ISVC, name, namespace=self.namespace)
         if found is None:
-            try:
-                await self.client.acreate(ISVC, body, namespace=self.namespace)
-                return
-            except ConcurrentChangeError:
-                found = await self.client.aget(ISVC, name, namespace=self.namespace) or body
+            found, _ = await ensure(self.client, ISVC, body, self.namespace)
         there: Object = found["spec"]["predictor"]
         if version_of(there) != version or (there.get("model") or {}).get("storageUri") != servable.storage_uri:
             raise ConcurrentChangeError(

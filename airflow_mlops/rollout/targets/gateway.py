@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 from airflow_mlops.rollout.targets.base import KubernetesTarget, Reading
 from airflow_mlops.rollout.targets.deployers import Deployer
-from airflow_mlops.rollout.targets.kube import HTTPROUTE, MANAGED_BY, Object, condition, fits, last_writer
+from airflow_mlops.rollout.targets.kube import HTTPROUTE, MANAGED_BY, Object, condition, ensure, fits, last_writer
 from airflow_mlops.rollout.targets.lease import Arm, Books, Claim
 
 MIRROR = "RequestMirror"
@@ -132,14 +131,17 @@ class GatewayRoute(KubernetesTarget):
         if route is None:
             return None
         if books.stable is None:
-            return Reading(0.0, None, self._served(route), epoch=str(route["metadata"].get("generation")))
+            served = self._served(route)
+            up = served is not None and (await self.deployer.look(served))[0]
+            ready = frozenset({"stable"} if up else ())
+            return Reading(0.0, None, served, ready=ready, epoch=str(route["metadata"].get("generation")))
         try:
             rules = [route["spec"]["rules"][index] for index in self._rules(route, books)]
         except InvalidInputError as error:
             return Reading(0.0, None, None, problem=str(error), foreign=str(error))
         canary = self._service(books.canary)
         splits = sorted({(round(share(rule, canary), 6), mirrors(rule, canary)) for rule in rules})
-        ready = {
+        serving = {
             name
             for name, arm in (("stable", books.stable), ("canary", books.canary))
             if arm is not None and (await self.deployer.look(str(arm["version"])))[0]
@@ -162,7 +164,7 @@ class GatewayRoute(KubernetesTarget):
             asked=(weight, shadow),
             stable=None,
             shadow=shadow,
-            ready=frozenset(ready),
+            ready=frozenset(serving),
             epoch=str(route["metadata"].get("generation")),
             problem=problem,
             writer=last_writer(route, "rules"),
@@ -185,9 +187,7 @@ class GatewayRoute(KubernetesTarget):
         arm: Arm = {"version": version, "uri": uri}
         route = await self.client.aget(HTTPROUTE, self.route, namespace=self.namespace)
         if route is None:
-            # Another try of the same deployment may be faster.
-            with suppress(ConcurrentChangeError):
-                await self.client.acreate(HTTPROUTE, self.manifest(version), namespace=self.namespace)
+            await ensure(self.client, HTTPROUTE, self.manifest(version), self.namespace, self._sleep)
         await self._taken_up(Books(stable=arm))
         return arm
 
@@ -235,7 +235,7 @@ class GatewayRoute(KubernetesTarget):
                     f"like {self.deployer.service('1')!r}. Deploy the stable version with this target first"
                 )
             books = replace(books, stable={"version": served, "uri": ""})
-        await self._serving(version, uri)
+        await self._serving(version, uri, claim)
         arm: Arm = {"version": version, "uri": uri}
         stable = books.stable
 
@@ -244,9 +244,9 @@ class GatewayRoute(KubernetesTarget):
 
         await self._change_books(claim, enter)
 
-    async def _serving(self, version: str, uri: str) -> None:
+    async def _serving(self, version: str, uri: str, claim: Claim | None = None) -> None:
         await self.deployer.deploy(version, uri)
-        await self._until_up(f"version {version} of {self.name}", lambda: self.deployer.look(version))
+        await self._until_up(f"version {version} of {self.name}", lambda: self.deployer.look(version), claim)
 
     async def _shift(self, claim: Claim, *, force: bool = False) -> None:
         books = claim.books
@@ -271,7 +271,7 @@ class GatewayRoute(KubernetesTarget):
                 if now not in books.allowed and not force:
                     raise ConcurrentChangeError(
                         f"HTTPRoute {self.route} was changed by {last_writer(route, 'rules')}: {now[0]:g} % for the "
-                        f"canary, where this rollout asked for {books.was or books.weight}"
+                        f"canary, where this rollout asked for {books.weight:g} %"
                     )
                 self._set(rule, str(stable["version"]), str(canary["version"]), books)
             return {"spec": {"rules": rules}} if rules != route["spec"]["rules"] else None

@@ -15,7 +15,6 @@ httproute_reconciler.go). What they do that one does not expect:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from airflow_mlops.rollout.targets.kube import (
     MANAGED_BY,
     Object,
     difference,
+    ensure,
     fits,
     is_true,
     last_writer,
@@ -47,6 +47,7 @@ from airflow_mlops.rollout.targets.servable import (
 )
 
 PERCENT = "canaryTrafficPercent"
+NOTHING = {(0.0, False)}
 UPGRADE = (
     "KServe release without canary weights in Standard mode: InferenceService {name} has a canary that is ready, and "
     "HTTPRoute {name} does not lead to it {seconds:g} s after it was given {weight:g} %. The weights came with "
@@ -119,9 +120,7 @@ class _KServe(KubernetesTarget):
             "spec": {"predictor": wanted},
         }
         if await self._get() is None:
-            # Another try of the same deployment may be faster.
-            with suppress(ConcurrentChangeError):
-                await self.client.acreate(ISVC, body, namespace=self.namespace)
+            await ensure(self.client, ISVC, body, self.namespace, self._sleep)
         there = (await self._there())["spec"]["predictor"]
         if not self._serves(there, version, wanted):
             raise ConcurrentChangeError(
@@ -174,6 +173,11 @@ class _KServe(KubernetesTarget):
         )
 
 
+def _predicting(isvc: Mapping[str, Any]) -> frozenset[str]:
+    ready = is_true((isvc.get("status") or {}).get("conditions"), "PredictorReady")
+    return frozenset({"stable"} if ready else ())
+
+
 def _percents(isvc: Mapping[str, Any]) -> dict[str, int]:
     """Where Knative sends traffic: revision to percent."""
     found: dict[str, int] = {}
@@ -220,7 +224,7 @@ class KServeKnative(_KServe):
         epoch = f"{isvc['metadata'].get('generation')}:{sorted(percents.items())}"
         writer = last_writer(isvc, "predictor", PERCENT)
         if books.stable is None:
-            return Reading(0.0, None, version_of(spec), epoch=epoch, writer=writer)
+            return Reading(0.0, None, version_of(spec), ready=_predicting(isvc), epoch=epoch, writer=writer)
         stable = str(books.stable.get("revision"))
         weight = float(sum(percent for name, percent in percents.items() if name != stable))
         ready = {"stable"} if percents.get(stable, 0) else set()
@@ -260,7 +264,7 @@ class KServeKnative(_KServe):
                     f"{version_of(spec)}, not version {stable['version']}"
                 )
             # Together in one change: without the field the new revision would get all traffic.
-            change = difference(spec, {**merged(spec, wanted), PERCENT: 0})
+            change = difference(spec, {**merged(_without_runtime(spec, wanted), wanted), PERCENT: 0})
             return {"spec": {"predictor": change}} if change else None
 
         await self._change(claim, ISVC, self.name, make, f"version {version}")
@@ -273,10 +277,11 @@ class KServeKnative(_KServe):
                 return False, "Knative has not made its revision yet", None
             if component.get("latestReadyRevision") == newest:
                 weight = sum(each for name, each in _percents(isvc).items() if name != stable["revision"])
-                return weight == 0, f"it has {weight} % of the traffic already", None
+                # Loaded again in mid-rollout, it has what it was given.
+                return not weight or books.allowed != NOTHING, f"it has {weight} % of the traffic already", None
             return False, told(status.get("conditions")), load_failure(status.get("modelStatus"))
 
-        await self._until_up(f"version {version} of {self.name}", look)
+        await self._until_up(f"version {version} of {self.name}", look, claim)
         revision = _component(await self._there()).get("latestReadyRevision")
         await self._change_books(
             claim, lambda now: replace(now, canary={**canary, "revision": revision}, leftover=None)
@@ -334,7 +339,7 @@ class KServeKnative(_KServe):
             if now not in books.allowed and not force:
                 raise ConcurrentChangeError(
                     f"InferenceService {self.name} was changed by {last_writer(isvc, 'predictor')}: "
-                    f"{PERCENT} is {now[0]:g}, where this rollout asked for {books.was or books.weight}"
+                    f"{PERCENT} is {now[0]:g}, where this rollout asked for {books.weight:g} %"
                 )
             return {"spec": {"predictor": {PERCENT: int(books.weight)}}}
 
@@ -362,14 +367,20 @@ class KServeKnative(_KServe):
 
     async def _release(self, claim: Claim) -> None:
         """After a rollback two revisions serve the stable model; leave it with the latest."""
-        stable = claim.books.stable or {}
-        isvc = await self._there()
-        spec, component = isvc["spec"]["predictor"], _component(isvc)
-        newest = component.get("latestCreatedRevision")
-        if difference({key: value for key, value in spec.items() if key != PERCENT}, stable.get("predictor") or {}):
+        stable, withdrawn = claim.books.stable or {}, (claim.books.leftover or {}).get("revision")
+        spec = (await self._there())["spec"]["predictor"]
+        plain = {key: value for key, value in spec.items() if key != PERCENT}
+        if difference(plain, stable.get("predictor") or {}):
             return
-        if newest == stable.get("revision") or component.get("latestReadyRevision") != newest:
-            return
+
+        async def put_back() -> tuple[bool, str, str | None]:
+            component = _component(await self._there())
+            newest = component.get("latestCreatedRevision")
+            back = newest == component.get("latestReadyRevision") and newest not in (withdrawn, stable.get("revision"))
+            return back, f"KServe's newest revision is {newest}", None
+
+        if spec.get(PERCENT) == 0:
+            await self._until_up(f"the newest revision of {self.name}", put_back, claim)
 
         def make(found: Object) -> Object | None:
             now = {key: value for key, value in found["spec"]["predictor"].items() if key != PERCENT}
@@ -442,7 +453,8 @@ class KServeStandard(_KServe):
         epoch = f"{isvc['metadata'].get('generation')}:{route['metadata'].get('generation') if route else ''}"
         writer = last_writer(isvc, "canary")
         if books.stable is None:
-            return Reading(0.0, None, version_of(spec["predictor"]), epoch=epoch, writer=writer)
+            there = version_of(spec["predictor"])
+            return Reading(0.0, None, there, ready=_predicting(isvc), epoch=epoch, writer=writer)
         problem = route_problem(route) if route else f"there is no HTTPRoute {self.name}"
         weight = self._routed(route, books)
         asked, foreign = self._asked(isvc, books)
@@ -501,6 +513,7 @@ class KServeStandard(_KServe):
         if stable is None:
             if self._canary_there(isvc):
                 raise self._stranger(isvc)
+            await self._until_up(f"the stable version of {self.name}", self._look_at_stable, claim)
             there = isvc["spec"]["predictor"]
             stable = {"version": version_of(there), "uri": "", "name": there.get("name") or ""}
         if await self._route() is None:
@@ -531,7 +544,7 @@ class KServeStandard(_KServe):
             mine: Mapping[str, Any] = next((each for each in statuses if each["name"] == name), {})
             return False, f"KServe says {mine or 'nothing of it'}", load_failure(mine.get("modelStatus"))
 
-        await self._until_up(f"version {version} of {self.name}", look)
+        await self._until_up(f"version {version} of {self.name}", look, claim)
 
     async def _shift(self, claim: Claim, *, force: bool = False) -> None:
         books = claim.books
@@ -546,7 +559,7 @@ class KServeStandard(_KServe):
             if (now, False) not in books.allowed and not force:
                 raise ConcurrentChangeError(
                     f"InferenceService {self.name} was changed by {last_writer(isvc, 'canary')}: {now:g} % for the "
-                    f"canary, where this rollout asked for {books.was or books.weight}"
+                    f"canary, where this rollout asked for {books.weight:g} %"
                 )
             listed = isvc["spec"].get("canary") or []
             if isvc["spec"]["predictor"].get("name") == canary.get("name"):
@@ -590,7 +603,7 @@ class KServeStandard(_KServe):
             return {"spec": {"predictor": difference(old, new), "canary": warm}}
 
         await self._change(claim, ISVC, self.name, make, "the promotion")
-        crowned = replace(books, stable=canary, canary=None, leftover=stable if stable.get("name") else None, was=None)
+        crowned = replace(books, stable=canary, canary=None, leftover=stable if stable.get("name") else None, was=())
         await self._until_routed(crowned)
         return crowned
 
@@ -637,7 +650,17 @@ class KServeStandard(_KServe):
 def _as_canary(found: Mapping[str, Any]) -> Object:
     """A predictor without what only a stable one may have, and with a replica."""
     plain = {key: value for key, value in found.items() if key not in (*STABLE_ONLY, PERCENT)}
-    return {**plain, "minReplicas": max(1, plain.get("minReplicas") or 1)}
+    # The CRD wants a name of the container there, and KServe's webhook none: an empty one suits both.
+    model = {**(plain.get("model") or {}), "name": ""}
+    return {**plain, "model": model, "minReplicas": max(1, plain.get("minReplicas") or 1)}
+
+
+def _without_runtime(spec: Mapping[str, Any], wanted: Mapping[str, Any]) -> Object:
+    """Without the runtime that KServe has chosen for a model of another format."""
+    model = spec.get("model") or {}
+    if (model.get("modelFormat") or {}).get("name") == wanted["model"]["modelFormat"]["name"]:
+        return dict(spec)
+    return {**spec, "model": {key: value for key, value in model.items() if key != "runtime"}}
 
 
 def _with(entry: Object, name: str | None, percent: int) -> Object:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from airflow_mlops.exceptions import InvalidInputError
+from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 
 Object = dict[str, Any]
 
@@ -46,6 +47,8 @@ JOB = Kind("batch", "v1", "jobs", "Job")
 SERVICE = Kind("", "v1", "services", "Service")
 ENDPOINTSLICE = Kind("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice")
 
+#: Tries to change what others change at the same time.
+RACES = 20
 #: Labels of what this package makes.
 MANAGED_BY = {"app.kubernetes.io/managed-by": "airflow-mlops"}
 #: Label of a predictor's pods: the model version that they serve.
@@ -83,6 +86,25 @@ class KubernetesClient(Protocol):
 
     async def adelete(self, resource: Any, name: str, *, namespace: str | None = None) -> bool:
         """Delete an object and what it owns; False if it is gone."""
+
+
+async def ensure(
+    client: KubernetesClient,
+    kind: Kind,
+    body: Object,
+    namespace: str | None,
+    sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+) -> tuple[Object, bool]:
+    """An object of that name, and whether this call made it; a quota that changes meanwhile is a lost race, too."""
+    name = body["metadata"]["name"]
+    for _ in range(RACES):
+        try:
+            return await client.acreate(kind, body, namespace=namespace), True
+        except ConcurrentChangeError:
+            if (found := await client.aget(kind, name, namespace=namespace)) is not None:
+                return found, False
+        await sleep(0.05)
+    raise ExternalSystemError(f"{kind.kind} {name} was refused {RACES} times because others change things meanwhile")
 
 
 def condition(found: Iterable[Mapping[str, Any]] | None, kind: str) -> Mapping[str, Any]:

@@ -18,13 +18,12 @@ from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 from airflow_mlops.rollout.targets.book import ENDED
-from airflow_mlops.rollout.targets.kube import LEASE, MANAGED_BY, KubernetesClient, seconds_of, timestamp
+from airflow_mlops.rollout.targets.kube import LEASE, MANAGED_BY, RACES, KubernetesClient, seconds_of, timestamp
 
 ROLLOUT_ANNOTATION = "mlops.airflow.org/rollout"
 TARGET_ANNOTATION = "mlops.airflow.org/target"
 #: An object's annotations may have 256 KiB together.
 MOST_BYTES = 200_000
-RACES = 20
 
 Arm = dict[str, Any]
 
@@ -38,7 +37,7 @@ class Books:
     :param leftover: the same of an arm that has no traffic and waits for the clean-up
     :param weight: share for the canary, percent
     :param shadow: whether it gets copies
-    :param was: weight and shadow before the change that is under way; None when none is
+    :param was: weight and shadow before the changes that are under way; empty when none is
     """
 
     stable: Arm | None = None
@@ -46,28 +45,27 @@ class Books:
     leftover: Arm | None = None
     weight: float = 0.0
     shadow: bool = False
-    was: tuple[float, bool] | None = None
+    was: tuple[tuple[float, bool], ...] = ()
 
     def moving(self, weight: float, shadow: bool) -> Books:
         """About to change the split."""
         if (weight, shadow) == (self.weight, self.shadow):
             return self
-        return replace(self, weight=weight, shadow=shadow, was=self.was or (self.weight, self.shadow))
+        return replace(self, weight=weight, shadow=shadow, was=(*self.was, (self.weight, self.shadow)))
 
     @property
     def allowed(self) -> set[tuple[float, bool]]:
         """The splits that this package may have left behind."""
-        return {(self.weight, self.shadow), *([] if self.was is None else [self.was])}
+        return {(self.weight, self.shadow), *self.was}
 
     def to_json(self) -> dict[str, Any]:
         """Plain Python types."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, False, 0.0)}
+        return {key: value for key, value in asdict(self).items() if value not in (None, False, 0.0, ())}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Books:
         """Inverse of :meth:`to_json`."""
-        was = value.get("was")
-        return cls(**{**value, "was": (float(was[0]), bool(was[1])) if was else None})
+        return cls(**{**value, "was": tuple((float(each[0]), bool(each[1])) for each in value.get("was") or ())})
 
 
 @dataclass(frozen=True)

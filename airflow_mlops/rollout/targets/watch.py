@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError
-from airflow_mlops.rollout.targets.kube import JOB, MANAGED_BY, KubernetesClient, Object
+from airflow_mlops.exceptions import InvalidInputError
+from airflow_mlops.rollout.targets.kube import JOB, MANAGED_BY, KubernetesClient, Object, ensure
 from airflow_mlops.rollout.targets.lease import Claim
 
 #: What the Job's process reads.
@@ -54,10 +54,7 @@ class Watchdog:
 
     async def watch(self, claim: Claim) -> None:
         """Have the claim watched; nothing happens if it is."""
-        try:
-            await self.client.acreate(JOB, self.manifest(claim), namespace=self.namespace)
-        except ConcurrentChangeError:
-            return
+        await ensure(self.client, JOB, self.manifest(claim), self.namespace)
 
     def manifest(self, claim: Claim) -> Object:
         """The Job."""

@@ -203,7 +203,7 @@ async def test_a_canary_that_cannot_start_is_told_and_gets_nothing(world):
         return
     world.serving.broken.add(uri("2"))
     with pytest.raises(
-        InvalidInputError, match="version 2 of fraud cannot be served: .*cannot read s3://models/fraud/2"
+        InvalidInputError, match=r"version 2 of fraud cannot be served: .*cannot read s3://models/fraud/2"
     ):
         await target.load("2", uri("2"))
     assert world.split() == {"1": 100}
