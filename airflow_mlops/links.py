@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 RAY_ATTEMPT = "ray_attempt"
 #: XCom key of an address in MLflow's web interface.
 MLFLOW_URL = "mlflow_url"
-#: XCom key of the address of a rollout's report, pushed before a rollback fails or skips the task.
-ROLLOUT_REPORT = "rollout_report"
+#: Where a run in MLflow has a rollout's report.
+ROLLOUT_PAGE = "rollout.html"
 
 
 class RayDashboardLink(BaseOperatorLink):
@@ -74,16 +74,17 @@ class ReportLink(BaseOperatorLink):
 
 
 class RolloutReportLink(BaseOperatorLink):
-    """A rollout's report: XCom ``rollout_report``, else of the task's result ``html_uri``, or the run in MLflow that
-    has it.
-    """
+    """A rollout's report, of the task's result: where a browser reaches it, ``html_uri`` or the run in MLflow."""
 
     name = "Rollout report"
 
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
         """The link, empty before there is a verdict."""
-        pushed, result = XCom.get_value(ti_key=ti_key, key=ROLLOUT_REPORT), _result(ti_key)
-        return _address(pushed or result.get("html_uri") or result.get(MLFLOW_URL))
+        result = _result(ti_key)
+        page, run = str(result.get("html_uri") or ""), result.get(MLFLOW_URL)
+        if run and not page.startswith(("http://", "https://")):
+            return f"{run}/artifacts/{ROLLOUT_PAGE}"
+        return _address(page)
 
 
 def _address(uri: Any) -> str:

@@ -155,8 +155,9 @@ def _guardrail(
 ) -> None:
     stable, canary, one, other = _columns(looks, name)
     percent = kind(account) not in ("mean", "score")
-    ends = _arms(axes[0], marks, {"stable": stable, "canary": canary})
-    _title(axes[0], "both versions")
+    distance = kind(account) == "drift"
+    ends = _arms(axes[0], marks, {"canary": canary} if distance else {"stable": stable, "canary": canary})
+    _title(axes[0], "distance from stable" if distance else "both versions")
     if percent:
         top = max([value for value in (*stable, *canary) if value is not None], default=0.0)
         axes[0].set_ylim(0, 1.15 * top or 0.01)
@@ -181,7 +182,8 @@ def _columns(looks: Sequence[Sequence[Any]], name: str) -> list[list[float | Non
 def _arms(axes: Axes, marks: Marks, lines: Mapping[str, Sequence[float | None]]) -> Ends:
     """A line per arm; returns where they end."""
     for name, values in lines.items():
-        _line(axes, marks.times, values, COLOURS[name])
+        # Where the arms are the same, both are seen.
+        _line(axes, marks.times, values, COLOURS[name], width=2.8 if name == "stable" else 1.6)
     ends = {name: _last(marks.times, values) for name, values in lines.items()}
     return {name: (end, COLOURS[name]) for name, end in ends.items() if end}
 
@@ -215,14 +217,19 @@ def _scores(
     axes: Axes, marks: Marks, harm: Sequence[float | None], ok: Sequence[float | None], account: Mapping[str, Any]
 ) -> None:
     """The statistics of planned looks, and what the last of them had to reach."""
-    ends = {}
+    ends: dict[str, tuple[tuple[float, float], str]] = {}
+    needs = {key: finite(account.get(f"{key}_needed")) or math.inf for key in ("z_harm", "z_ok")}
+    # A bound that no statistic reaches means that nothing could be shown at this look.
+    bounds = {key: need for key, need in needs.items() if need < 7}
+    known = [value for value in (*harm, *ok, *bounds.values()) if value is not None]
+    axes.set_ylim(min([*known, 0.0]) - 0.5, max([*known, 1.0]) + 1)
     for name, key, colour, values in (("harm", "z_harm", "bad", harm), ("no harm", "z_ok", "good", ok)):
-        _line(axes, marks.times, values, COLOURS[colour])
+        drawn = [math.nan if value is None else value for value in values]
+        axes.step(marks.times, drawn, where="post", color=COLOURS[colour], linewidth=1.8)
         if end := _last(marks.times, values):
             ends[name] = (end, COLOURS[colour])
-        # A bound that no statistic reaches means that nothing could be shown at this look.
-        if (need := finite(account.get(f"{key}_needed"))) and need < 7:
-            _limit(axes, marks, need, f"{name} is shown at {need:.3g}, at the last planned look", colour)
+        if key in bounds:
+            _limit(axes, marks, bounds[key], f"{name} is shown at {bounds[key]:.3g}, at the last planned look", colour)
     _label_ends(axes, ends)
     _title(axes, "standardised difference at planned looks")
 
@@ -246,10 +253,12 @@ def _bounds(
     known = [value for value in (*lower, *upper) if math.isfinite(value)]
     axes.set_ylim(max(min([*known, -scale / 2]), -1.6 * scale), min(max([*known, scale]), 2 * scale))
     axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
+    # Planned looks decide by other bounds, of which these are not the picture.
+    shown = "" if "z_harm" in account else " is shown when all of it is"
     if margin:
-        _limit(axes, marks, margin, "no harm is shown when all of it is below", "good", late=True)
+        _limit(axes, marks, margin, f"no harm{shown} below", "good", late=True)
     if harm is not None:
-        _limit(axes, marks, harm, "harm is shown when all of it is above", "bad", late=True, below=harm == margin)
+        _limit(axes, marks, harm, f"harm{shown} above", "bad", late=True, below=harm == margin)
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     names = ("at least", "at most")

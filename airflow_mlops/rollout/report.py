@@ -15,7 +15,7 @@ from airflow_mlops.rollout.terms import HARM, NO_DATA, OK
 _STYLE = """
 :root{--stable:var(--champion);--canary:var(--challenger)}
 .card{margin:14px 0}.card h3{display:flex;gap:10px;align-items:baseline}.card p{margin-bottom:4px}
-.card svg{margin-top:8px}h1 .chip{font-size:17px;vertical-align:4px;margin-left:6px}
+.card{overflow-x:auto}.card svg{margin-top:8px;min-width:760px}h1 .chip{font-size:17px;vertical-align:4px;margin-left:6px}
 h1,h3,li,td,p{overflow-wrap:anywhere}.wrap{white-space:normal;min-width:22ch}
 """
 _VERDICTS = {
@@ -176,12 +176,19 @@ def _effects(result: Mapping[str, Any]) -> str:
 def _guardrails(result: Mapping[str, Any]) -> str:
     if not _accounts(result):
         return '<p class="muted">No guardrail was judged.</p>'
-    heads = [("guardrail", "wrap"), ("", ""), ("stable", "n"), ("canary", "n"), ("measured", ""), ("evidence", "wrap")]
+    heads = [
+        ("guardrail", "wrap"),
+        ("status", ""),
+        ("stable", "n"),
+        ("canary", "n"),
+        ("measured", ""),
+        ("evidence", "wrap"),
+    ]
     heads += [("events or values, stable", "n"), ("canary", "n")]
     rows = []
     for name, account in _accounts(result).items():
         seen = account.get("events") or account.get("values") or [None, None]
-        cells = [words.level(account, account.get(arm)) for arm in ("stable", "canary")]
+        cells = [words.of_arm(account, arm) for arm in ("stable", "canary")]
         cells += [words.measured(account), words.evidence(account), *map(words.count, seen)]
         rows.append([escape(name), _chip(account.get("status")), *map(escape, cells)])
     return _table(heads, rows)

@@ -21,7 +21,7 @@ def look_table(verdict: Verdict) -> str:
         (
             _short(name),
             str(account.get("status")),
-            *(words.level(account, account.get(arm)) for arm in ("stable", "canary")),
+            *(words.of_arm(account, arm) for arm in ("stable", "canary")),
             words.measured(account),
             words.evidence(account),
         )

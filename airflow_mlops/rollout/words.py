@@ -82,6 +82,11 @@ def level(account: Mapping[str, Any], value: Any) -> str:
     return number(value) if kind(account) in ("mean", "score") else share(value)
 
 
+def of_arm(account: Mapping[str, Any], arm: str) -> str:
+    """The number of one arm, with its unit; a distance between the arms is the canary's."""
+    return NONE if (kind(account), arm) == ("drift", "stable") else level(account, account.get(arm))
+
+
 def measured(account: Mapping[str, Any]) -> str:
     """What the numbers of the arms are."""
     if kind(account) == "latency" and "slower_than_seconds" in account:
@@ -94,21 +99,23 @@ def evidence(account: Mapping[str, Any]) -> str:
     if "e_ok" in account:
         harm, ok = (f"{odds(account[key])} of {odds(account.get(f'{key}_needed'))}" for key in ("e_harm", "e_ok"))
         return f"harm {harm} to 1, no harm {ok} to 1"
-    if "z_ok" in account:
-        harm, ok = (f"{number(account[key])} of {number(account.get(f'{key}_needed'))}" for key in ("z_harm", "z_ok"))
-        return f"planned look {account.get('planned_look')}: harm z {harm}, no harm z {ok}"
-    if "worse_by_at_most" in account:
-        least, most = level(account, account["worse_by_at_least"]), level(account, account["worse_by_at_most"])
-        return f"worse by {least} to {most}, to be below {level(account, account.get('margin'))}"
-    return NONE
+    planned = [
+        f"{name} z {number(account[key])} of {number(account.get(f'{key}_needed'))}"
+        for name, key in (("harm", "z_harm"), ("no harm", "z_ok"))
+        if key in account
+    ]
+    parts = [f"planned look {account.get('planned_look')}: {', '.join(planned)}"] if planned else []
+    if "worse_by_at_most" in account and "z_ok" not in account:
+        least, most = level(account, account.get("worse_by_at_least")), level(account, account["worse_by_at_most"])
+        parts.append(f"worse by {least} to {most}, to be below {level(account, account.get('margin'))}")
+    return "; ".join(parts) or NONE
 
 
 def sentence(name: str, account: Mapping[str, Any]) -> str:
     """The numbers of both arms, as one says them."""
-    stable, canary = (level(account, account.get(arm)) for arm in ("stable", "canary"))
-    if NONE in (stable, canary):
+    stable, canary, what = of_arm(account, "stable"), of_arm(account, "canary"), kind(account)
+    if canary == NONE or (stable == NONE and what != "drift"):
         return f"There are no numbers of both arms for {name}."
-    what = kind(account)
     if what == "latency":
         return f"Of the canary's requests {canary} were {measured(account)}, of stable's {stable}."
     if what == "drift":
@@ -121,6 +128,10 @@ def sentence(name: str, account: Mapping[str, Any]) -> str:
 def remarks(account: Mapping[str, Any]) -> list[str]:
     """What else is to be known of the numbers."""
     found = [str(account["remark"])] if account.get("remark") else []
+    if account.get("status") == OK and not _reached(account):
+        found.append(
+            "No harm was shown at an earlier look or by a share that is acceptable in any case, and still holds."
+        )
     if spread := finite(account.get("replica_spread")):
         found.append(
             f"Replicas of one version differ by about {share(spread)}; a difference between the arms is held "
@@ -129,6 +140,18 @@ def remarks(account: Mapping[str, Any]) -> list[str]:
     if account.get("culprit") is not None:
         found.append(f"Only the canary's replica {account['culprit']} is worse; the others are as good as stable.")
     return found
+
+
+def _reached(account: Mapping[str, Any]) -> bool:
+    """Whether the numbers of this look alone show no harm."""
+    if "e_ok" in account:
+        pair = account["e_ok"], account.get("e_ok_needed")
+    elif "z_ok" in account:
+        pair = account["z_ok"], account.get("z_ok_needed")
+    else:
+        pair = account.get("margin"), account.get("worse_by_at_most")
+    shown, needed = map(finite, pair)
+    return shown is not None and needed is not None and shown >= needed
 
 
 def effect(name: str, account: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -32,6 +32,40 @@ def test_a_look_is_a_line_its_reasons_and_a_table():
     ]
 
 
+def test_a_distance_has_no_number_of_stable():
+    drift = {"kind": "drift", "status": "ok", "stable": 0.0, "canary": 0.0348, "values": [9, 9], "margin": 0.1}
+    drift |= {"worse_by_at_least": -0.0132, "worse_by_at_most": 0.0763}
+    row = look_table(look({"drift": drift})).splitlines()[-1]
+    assert row == "  drift      ok           -  3.48 %  total variation  worse by -1.32 % to 7.63 %, to be below 10 %"
+    planned = {**drift, "z_harm": 0.5, "z_harm_needed": 2.4, "planned_look": 3}
+    assert "planned look 3: harm z 0.5 of 2.4; worse by -1.32 %" in look_table(look({"drift": planned}))
+
+
+@pytest.mark.parametrize(
+    ("account", "earlier"),
+    [
+        ({**SHARE, "status": "ok"}, True),
+        ({**SHARE, "status": "ok", "e_ok": 20.0}, False),
+        (SHARE, False),
+        ({**MEAN, "status": "ok"}, False),
+        ({**MEAN, "status": "ok", "worse_by_at_most": 0.051}, True),
+        ({"status": "ok", "z_ok": 1.0, "z_ok_needed": 1.7}, True),
+        ({"status": "ok", "z_ok": 1.8, "z_ok_needed": 1.7}, False),
+    ],
+)
+def test_what_was_shown_at_an_earlier_look_is_said_to_be(account, earlier):
+    assert any("at an earlier look" in remark for remark in words.remarks(account)) is earlier
+
+
+def test_replicas_that_differ_are_told():
+    told = words.remarks({"replica_spread": 0.2, "culprit": "c-1", "remark": "the edges are too coarse"})
+    assert told == [
+        "the edges are too coarse",
+        "Replicas of one version differ by about 20 %; a difference between the arms is held against that.",
+        "Only the canary's replica c-1 is worse; the others are as good as stable.",
+    ]
+
+
 def test_ten_guardrails_stay_in_their_columns():
     names = ["a", "a name of\nmany lines and far too many letters to stand in a column", *map(str, range(8))]
     lines = look_table(look({name: [SHARE, MEAN, EMPTY][index % 3] for index, name in enumerate(names)})).splitlines()
