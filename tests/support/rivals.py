@@ -13,12 +13,29 @@ Not their code, and without what surrounds it; each rule is what its documentati
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
+from airflow_mlops.rollout import Observation
+
+Series = Sequence[float] | np.ndarray
+#: Ten metrics, as ours, and which way is bad.
+DIRECTIONS = {
+    "errors": "increase",
+    "timeouts": "increase",
+    "fallbacks": "increase",
+    "latency p95": "increase",
+    "latency p99": "increase",
+    "log_loss": "increase",
+    "brier": "increase",
+    "value": "decrease",
+    "prediction": "either",
+    "prediction p90": "either",
+}
 PASS, HIGH, LOW, NO_DATA = "Pass", "High", "Low", "Nodata"
 INCREASE, DECREASE, EITHER = "increase", "decrease", "either"
 
@@ -35,20 +52,20 @@ class Decision:
     after: int
 
 
-def shift(
-    control: Sequence[float], experiment: Sequence[float], confidence: float = 0.98
-) -> tuple[float, float, float]:
+def shift(control: Series, experiment: Series, confidence: float = 0.98) -> tuple[float, float, float]:
     """Lower bound, Hodges-Lehmann estimate and upper bound of how far ``experiment`` lies above ``control``."""
-    pairs = np.sort(np.subtract.outer(np.asarray(experiment, float), np.asarray(control, float)).ravel())
-    n, m = len(experiment), len(control)
+    pairs = np.subtract.outer(np.asarray(experiment, float), np.asarray(control, float)).ravel()
+    n, m, size = len(experiment), len(control), pairs.size
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     outside = max(math.floor(n * m / 2 - z * math.sqrt(n * m * (n + m + 1) / 12)), 0)
-    return float(pairs[outside]), float(np.median(pairs)), float(pairs[-1 - outside])
+    ranks = [outside, (size - 1) // 2, size // 2, size - 1 - outside]
+    low, below, above, high = np.partition(pairs, ranks)[ranks].tolist()
+    return low, (below + above) / 2, high
 
 
 def classify(
-    control: Sequence[float],
-    experiment: Sequence[float],
+    control: Series,
+    experiment: Series,
     direction: str = EITHER,
     *,
     tolerance: float = 0.25,
@@ -67,9 +84,9 @@ def classify(
     arms = [np.where(gone, 0.0, x) if replace_missing else x[~gone] for x, gone in zip(arms, missing)]
     if any(len(values) == 0 for values in arms):
         return PASS if replace_missing else NO_DATA
-    if len(arms[0]) == len(arms[1]) and np.array_equal(*arms):
+    if len(arms[0]) == len(arms[1]) and np.array_equal(arms[0], arms[1]):
         return PASS
-    low, estimate, high = shift(*arms)
+    low, estimate, high = shift(arms[0], arms[1])
     bound = tolerance * abs(estimate)
     means = [float(values.mean()) for values in arms]
     ratio = means[1] / means[0] if means[0] else math.inf
@@ -145,3 +162,65 @@ def flagger(measurements: Sequence[float | None], least: float = 0.99, threshold
         if failed >= threshold:
             return Decision(False, index)
     return Decision(True, len(measurements))
+
+
+def readings(observations: Iterable[Observation]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Control's and experiment's values of ``DIRECTIONS`` per interval, as queries over the same counters give them.
+
+    All replicas of an arm together; a counter below its last value started at zero. NaN: no data.
+    """
+    series: list[list[dict[str, float]]] = [[], []]
+    last: list[Mapping[str, Any] | None] = [None, None]
+    for number, observation in enumerate(observations):
+        down = observation.problem is not None
+        for index, arm in enumerate((observation.stable, observation.canary)):
+            now = None if down else arm
+            if number:
+                series[index].append(_values(now or {}, last[index] or {}))
+            last[index] = now
+    return tuple({name: [row[name] for row in rows] for name in DIRECTIONS} for rows in series)  # type: ignore[return-value]
+
+
+def _values(now: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, float]:
+    values = dict.fromkeys(DIRECTIONS, math.nan)
+    names = [name for name in now if name in last]
+    if not names:
+        return values
+
+    def grown(kind: str, name: str) -> np.ndarray | None:
+        try:
+            new, old = (np.array([_numbers(side[replica][kind][name]) for replica in names]) for side in (now, last))
+        except KeyError:
+            return None
+        return np.where(new < old, new, new - old).sum(axis=0)
+
+    requests = float(grown("counts", "requests")[0])  # type: ignore[index]
+    for name in ("errors", "timeouts", "fallbacks"):
+        count = grown("counts", name)
+        if count is not None and requests:
+            values[name] = count[0] / requests
+    for name in ("log_loss", "brier", "value", "prediction"):
+        sums = grown("moments", name)
+        if sums is not None and sums[0]:
+            values[name] = sums[1] / sums[0]
+    for metric, name, quantile in (
+        ("latency p95", "latency", 0.95),
+        ("latency p99", "latency", 0.99),
+        ("prediction p90", "prediction", 0.9),
+    ):
+        counts = grown("histograms", name)
+        if counts is not None and counts.sum():
+            values[metric] = _quantile(now[names[0]]["histograms"][name]["edges"], counts, quantile)
+    return values
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, Mapping):
+        value = value["counts"]
+    return [float(number) for number in value] if isinstance(value, list) else [float(value)]
+
+
+def _quantile(edges: Sequence[float], counts: np.ndarray, quantile: float) -> float:
+    """Straight line within the bucket, the last edge for what is above all."""
+    below = np.concatenate([[0.0], counts.cumsum()])
+    return float(np.interp(quantile * below[-1], below, [0.0, *edges, edges[-1]]))
