@@ -5,6 +5,6 @@ Nothing here imports Airflow; :class:`Judge` is plain Python and runs in a noteb
 
 from airflow_mlops.rollout.judge import Judge, Verdict
 from airflow_mlops.rollout.observation import Observation
-from airflow_mlops.rollout.policy import Guardrail, RolloutPolicy
+from airflow_mlops.rollout.policy import Guardrail, RolloutPolicy, Step
 
-__all__ = ["Guardrail", "Judge", "Observation", "RolloutPolicy", "Verdict"]
+__all__ = ["Guardrail", "Judge", "Observation", "RolloutPolicy", "Step", "Verdict"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 from airflow_mlops.rollout.judge import PROMOTE, PROMOTE_STEP, ROLLBACK, Judge, Verdict
-from airflow_mlops.rollout.observation import Observation
+from airflow_mlops.rollout.observation import Observation, counters_from_totals
 from airflow_mlops.rollout.policy import Guardrail, RolloutPolicy, parse_guardrails
 from airflow_mlops.rollout.targets.book import ENDED, SLOTS
 from airflow_mlops.rollout.targets.client import Route
@@ -88,13 +88,14 @@ def observation_of(state: Mapping[str, Any]) -> Observation:
     try:
         versions, counters = state["versions"], state["counters"]
         arms = {
-            arm: counters.get(str(versions.get(state[arm]))) if state[arm] else None for arm in ("stable", "canary")
+            arm: {"": counters_from_totals(counters[str(versions[state[arm]])])} if state[arm] else None
+            for arm in ("stable", "canary")
         }
         routed = tuple(int(state["routed"][state[arm]]) if state[arm] else 0 for arm in ("stable", "canary"))
         return Observation(
             float(state["time"]),
             str(state["boot"]),
-            int(state["epoch"]),
+            str(state["epoch"]),
             float(state["weight"]),
             arms["stable"],
             arms["canary"],
@@ -136,7 +137,7 @@ async def run_rollout(
         if verdict.final or verdict.decision == PROMOTE_STEP:
             steps.append(
                 {
-                    "weight": spec.policy.steps[verdict.step],
+                    "weight": spec.policy.weights[verdict.step],
                     "seconds": round(clock() - since["time"], 2),
                     "looks": judge.looks - since["look"],
                     "requests": [a - b for a, b in zip(judge.requests, since["requests"])],

@@ -140,6 +140,8 @@ class MeanEvidence:
 
     def add(self, stable: Mapping[str, Any], canary: Mapping[str, Any]) -> None:
         """Take in one look of both arms."""
+        if self.guardrail.metric not in stable or self.guardrail.metric not in canary:
+            return
         looks = [arm[self.guardrail.metric] for arm in (stable, canary)]
         self.difference = self.difference.add(*looks)
         self.totals = [[n + look.n, total + look.total] for (n, total), look in zip(self.totals, looks)]

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from airflow_mlops.rollout.evidence import UNBALANCED, arm_log_likelihood_ratios, log_mean_exp
+from airflow_mlops.rollout.evidence import UNBALANCED, Moments, arm_log_likelihood_ratios, log_mean_exp
 from airflow_mlops.rollout.guards import HARM, NO_DATA, OK, MeanEvidence, ShareEvidence, evidence_for
-from airflow_mlops.rollout.observation import Observation, counters_problem, difference
+from airflow_mlops.rollout.observation import MOMENTS, Observation, arm_problem
 from airflow_mlops.rollout.policy import Guardrail, RolloutPolicy, parse_guardrails
 
 HOLD, PROMOTE_STEP, PROMOTE, ROLLBACK = "HOLD", "PROMOTE_STEP", "PROMOTE", "ROLLBACK"
@@ -94,7 +94,7 @@ class Judge:
     @property
     def weight(self) -> float:
         """Canary share in percent that the current step asks for."""
-        return self.policy.steps[self.step]
+        return self.policy.weights[self.step]
 
     @property
     def _baking(self) -> bool:
@@ -136,16 +136,16 @@ class Judge:
         arms = {"canary": observation.canary} if self._baking else {}
         arms = arms or {"stable": observation.stable, "canary": observation.canary}
         for name, counters in arms.items():
-            problem = counters_problem(counters)
+            problem = arm_problem(counters)
             if problem:
                 return f"the {name} arm {problem}"
-        routed = list(observation.routed)
+        routed = list(observation.routed or (0, 0))
         current: dict[str, Any] = {
             "time": observation.time,
             "boot": observation.boot,
             "epoch": observation.epoch,
             "routed": routed,
-            "arms": {name: dict(counters or {}) for name, counters in arms.items()},
+            "arms": {name: _summed(counters or {}) for name, counters in arms.items()},
         }
         last: dict[str, Any] | None = self.last
         self.last = current
@@ -212,7 +212,7 @@ class Judge:
             return HOLD, waiting
         if self._baking or (self.step == len(self.policy.steps) - 2 and self.policy.bake_seconds == 0):
             return PROMOTE, ["every guardrail shows that the canary is not worse"]
-        return PROMOTE_STEP, [f"no harm at {self.weight:g} %; next {self.policy.steps[self.step + 1]:g} %"]
+        return PROMOTE_STEP, [f"no harm at {self.weight:g} %; next {self.policy.weights[self.step + 1]:g} %"]
 
     def _waiting(self, now: float, accounts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """What the current step still waits for."""
@@ -230,6 +230,29 @@ class Judge:
             elif account["status"] not in enough and not self._baking:
                 reasons.append(f"{name}: not yet shown to be no worse ({_numbers(account)})")
         return reasons
+
+
+def _summed(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """One arm's totals over its replicas."""
+    total: dict[str, Any] = {}
+    for replica in arm.values():
+        flat = {**replica["counts"], "buckets": replica["histograms"]["latency"]["counts"], **replica["moments"]}
+        for name, value in flat.items():
+            old = total.get(name)
+            both = [a + b for a, b in zip(old or [0] * len(value), value)] if isinstance(value, list) else None
+            total[name] = value + (old or 0) if both is None else both
+    return total
+
+
+def difference(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Totals since ``old``; ``None`` when a count went backwards."""
+    result: dict[str, Any] = {name: new[name] - old[name] for name in new if not isinstance(new[name], list)}
+    result["buckets"] = [a - b for a, b in zip(new["buckets"], old["buckets"], strict=True)]
+    for name in MOMENTS:
+        if name in new:
+            result[name] = Moments(*new[name]).minus(Moments(*old[name]))
+    counts = [result["requests"], result["errors"], *result["buckets"]]
+    return None if min(counts) < 0 else result
 
 
 def _numbers(account: Mapping[str, Any]) -> str:

@@ -2,67 +2,100 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_mlops.rollout.evidence import Moments
-
 MOMENTS = ("latency", "prediction", "log_loss", "brier")
 BUCKET_EDGES = tuple(round(0.001 * 1.25**i, 6) for i in range(44))
 """Upper edges of the latency histogram in seconds, 1 ms to 14.7 s; one more bucket holds what is slower."""
 
+Counters = Mapping[str, Any]
+"""Cumulative numbers of one replica, all optional but ``counts.requests``::
+
+    {"counts": {"requests": 120, "errors": 1, "timeouts": 0},
+     "histograms": {"latency": {"edges": [0.01, 0.1], "counts": [100, 15, 5]}},
+     "moments": {"log_loss": [90, 40.5, 30.1]}}
+
+Histograms: upper edges, rising (of ``latency`` in seconds), and the count of each bucket, one more than edges, not
+cumulative over buckets. Moments: number of values, sum, sum of squares.
+"""
+
 
 @dataclass(frozen=True)
 class Observation:
-    """One reading of a route, counters cumulative since its router started.
+    """One reading of a route, its numbers cumulative.
 
     :param time: the route's clock, seconds; equal to the last reading's means stale
-    :param boot: changes when the counters start anew
+    :param boot: changes when all counters start anew
     :param epoch: changes when weights or versions change
     :param weight: share of traffic really sent to the canary, percent
-    :param stable: counters of the stable version: ``requests``, ``errors``, ``buckets`` and, for each of
-        ``latency``, ``prediction``, ``log_loss``, ``brier``, ``[n, sum, sum of squares]``
+    :param stable: replica name to its :data:`Counters`, of the stable arm; a target that does not know its replicas
+        uses the one name ``""``
     :param canary: the same of the canary
-    :param routed: requests routed to (stable, canary) in this epoch
+    :param routed: requests routed to (stable, canary) in this epoch; ``None``: the arms' own requests are taken
+    :param shadow: whether the canary gets copies of stable's requests
     :param problem: why nothing could be read; the other fields are then ignored
     """
 
     time: float
     boot: str = ""
-    epoch: int = 0
+    epoch: str = ""
     weight: float = 0.0
-    stable: Mapping[str, Any] | None = None
-    canary: Mapping[str, Any] | None = None
-    routed: tuple[int, int] = (0, 0)
+    stable: Mapping[str, Counters] | None = None
+    canary: Mapping[str, Counters] | None = None
+    routed: tuple[int, int] | None = None
+    shadow: bool = False
     problem: str | None = None
 
 
-def counters_problem(counters: Mapping[str, Any] | None) -> str | None:
+def arm_problem(arm: Mapping[str, Counters] | None) -> str | None:
     """What is wrong with one arm's counters, or ``None``."""
+    if not arm:
+        return "has no counters"
+    for replica, counters in arm.items():
+        problem = counters_problem(counters)
+        if problem:
+            return f"{problem} (replica {replica})" if replica else problem
+    return None
+
+
+def counters_problem(counters: Counters | None) -> str | None:
+    """What is wrong with one replica's counters, or ``None``."""
     if not counters:
         return "has no counters"
     try:
-        counts = [counters["requests"], counters["errors"], *counters["buckets"]]
-        moments = [value for name in MOMENTS for value in counters[name]]
-        counts += [counters[name][0] for name in MOMENTS]
-        if len(counters["buckets"]) != len(BUCKET_EDGES) + 1 or any(len(counters[name]) != 3 for name in MOMENTS):
-            return "has counters of another shape"
-        if not all(math.isfinite(value) for value in [*counts, *moments]):
-            return "reports numbers that are not finite"
-        if min(counts) < 0 or counters["errors"] > counters["requests"]:
+        counts = list(counters["counts"].values())
+        requests = counters["counts"]["requests"]
+        if counters["counts"].get("errors", 0) > requests:
             return "reports impossible counts"
-    except (KeyError, TypeError, ValueError) as error:
+        numbers: list[float] = []
+        for histogram in (counters.get("histograms") or {}).values():
+            edges, buckets = histogram["edges"], histogram["counts"]
+            if len(buckets) != len(edges) + 1 or any(b <= a for a, b in itertools.pairwise(edges)):
+                return "has counters of another shape"
+            counts += buckets
+            numbers += edges
+        for moments in (counters.get("moments") or {}).values():
+            if len(moments) != 3:
+                return "has counters of another shape"
+            counts.append(moments[0])
+            numbers += moments[1:]
+        if not all(map(math.isfinite, counts)) or not all(map(math.isfinite, numbers)):
+            return "reports numbers that are not finite"
+        if min(counts) < 0:
+            return "reports impossible counts"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f"has unreadable counters ({type(error).__name__}: {error})"
     return None
 
 
-def difference(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Counters since ``old``; ``None`` when a count went backwards, that is, started anew."""
-    result: dict[str, Any] = {name: new[name] - old[name] for name in ("requests", "errors")}
-    result["buckets"] = [a - b for a, b in zip(new["buckets"], old["buckets"], strict=True)]
-    for name in MOMENTS:
-        result[name] = Moments(*new[name]).minus(Moments(*old[name]))
-    counts = [result["requests"], result["errors"], *result["buckets"], *(result[name].n for name in MOMENTS)]
-    return None if min(counts) < 0 else result
+def counters_from_totals(totals: Mapping[str, Any]) -> dict[str, Any]:
+    """:data:`Counters` of what a route's own book counts for one version."""
+    return {
+        "counts": {"requests": totals["requests"], "errors": totals["errors"]},
+        "histograms": {"latency": {"edges": list(BUCKET_EDGES), "counts": list(totals["buckets"])}},
+        "moments": {name: list(totals[name]) for name in MOMENTS},
+    }

@@ -1,163 +1,73 @@
-"""What a rollout must show, and how far it may go before it has shown it."""
+"""How far a rollout may go before it has shown what."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from airflow_mlops.exceptions import InvalidInputError
+from airflow_mlops.rollout.guardrail import Guardrail, parse_guardrails
 
-KINDS = ("rate", "latency", "mean", "score")
-RATE_METRICS = ("errors",)
-MEAN_METRICS = ("log_loss", "brier", "prediction", "latency")
+MODES = ("progressive", "ab")
+EVIDENCE = ("always_valid", "group_sequential")
 
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _check(name: str, value: Any, least: float, unit: str) -> None:
+    if not _finite(value) or value < least:
+        raise InvalidInputError(f"{name} is {value!r}; expected {unit}, at least {least:g}")
+
+
 @dataclass(frozen=True)
-class Guardrail:
-    """One property in which the canary must not be worse than stable.
+class Step:
+    """One step of a rollout.
 
-    Shares of requests (``rate``, ``latency``): acceptable is a canary share of at most ``(1 + margin)`` times
-    stable's, or of at most ``tolerance`` whatever stable's is. Harm is shown when the ratio exceeds
-    ``1 + harm_margin`` and the observed share exceeds ``tolerance``. A ``latency`` guardrail looks at the share of
-    requests slower than ``factor`` times stable's ``quantile``.
-
-    Means (``mean``, ``score``): acceptable is a difference below ``margin``, harm one above ``harm_margin``, both
-    in the metric's own unit; ``score`` looks at both directions.
-
-    :param name: unique among the guardrails of a rollout
-    :param kind: ``rate``, ``latency``, ``mean`` or ``score``
-    :param metric: counter it reads: ``errors``; ``latency`` (seconds); ``log_loss``, ``brier``, ``prediction``
-    :param margin: non-inferiority margin, relative for shares, absolute for means
-    :param harm_margin: how much worse is still not called harm, in the same unit; at most ``margin``
-    :param tolerance: share of requests that is acceptable whatever stable's is (shares only)
-    :param quantile: quantile of stable's latency (``latency`` only)
-    :param factor: how many times slower than that quantile a request counts as slow (``latency`` only)
-    :param higher_is_better: the mean is a gain rather than a loss (``mean`` only)
+    :param weight: canary's share of traffic, percent; 0: it gets copies of stable's requests and answers nobody
+    :param bake_seconds: least time in this step; ``None``: the policy's
+    :param min_requests: least requests per arm in this step; ``None``: the policy's
+    :param approval: wait for a person before leaving the step upwards
     """
 
-    name: str
-    kind: str
-    metric: str
-    margin: float
-    harm_margin: float
-    tolerance: float = 0.0
-    quantile: float = 0.95
-    factor: float = 1.5
-    higher_is_better: bool = False
+    weight: float
+    bake_seconds: float | None = None
+    min_requests: int | None = None
+    approval: bool = False
 
     def __post_init__(self) -> None:
-        where = f"guardrail {self.name!r}"
-        if not self.name or self.kind not in KINDS:
-            raise InvalidInputError(f"{where} has kind {self.kind!r}; expected a name and one of {', '.join(KINDS)}")
-        known = {"rate": RATE_METRICS, "latency": ("latency",), "mean": MEAN_METRICS, "score": ("prediction",)}
-        if self.metric not in known[self.kind]:
-            raise InvalidInputError(
-                f"{where} of kind {self.kind} reads the unknown metric {self.metric!r}; "
-                f"expected one of {', '.join(known[self.kind])}"
-            )
-        for name in ("margin", "harm_margin", "tolerance", "quantile", "factor"):
-            if not _finite(getattr(self, name)):
-                raise InvalidInputError(f"{where}: {name} is {getattr(self, name)!r}; expected a finite number")
-        if self.margin <= 0 or not 0 <= self.harm_margin <= self.margin:
-            raise InvalidInputError(
-                f"{where}: margin is {self.margin} and harm_margin {self.harm_margin}; "
-                "expected 0 <= harm_margin <= margin and margin > 0"
-            )
-        if self.is_share and not 0 <= self.tolerance < 1:
-            raise InvalidInputError(f"{where}: tolerance is {self.tolerance}; expected a share of requests, 0 to 1")
-        if not 0 < self.quantile < 1 or self.factor < 1:
-            raise InvalidInputError(
-                f"{where}: quantile is {self.quantile} and factor {self.factor}; expected 0 < quantile < 1, factor >= 1"
-            )
+        if not _finite(self.weight) or not 0 <= self.weight <= 100:
+            raise InvalidInputError(f"the weight of a rollout step is {self.weight!r}; expected percent, 0 to 100")
+        if self.bake_seconds is not None:
+            _check(f"bake_seconds of the step of {self.weight:g} %", self.bake_seconds, 0, "seconds")
+        if self.min_requests is not None:
+            _check(f"min_requests of the step of {self.weight:g} %", self.min_requests, 1, "requests per arm")
 
-    @property
-    def is_share(self) -> bool:
-        """Whether it judges a share of requests rather than a mean."""
-        return self.kind in ("rate", "latency")
+    def to_json(self) -> Any:
+        """Its weight, or a dictionary when there is more to say."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return self.weight if Step(self.weight) == self else {k: v for k, v in given.items() if v not in (None, False)}
 
     @classmethod
-    def errors(cls, *, margin: float = 0.5, harm_margin: float = 0.25, tolerance: float = 0.002) -> Guardrail:
-        """Failed requests; shares below ``tolerance`` do not matter."""
-        return cls("errors", "rate", "errors", margin, harm_margin, tolerance)
+    def from_json(cls, value: Step | Mapping[str, Any] | float) -> Step:
+        """A step from its weight or a dictionary.
 
-    @classmethod
-    def latency(
-        cls,
-        *,
-        quantile: float = 0.95,
-        factor: float = 1.5,
-        margin: float = 0.5,
-        harm_margin: float = 0.25,
-        tolerance: float | None = None,
-    ) -> Guardrail:
-        """The canary's ``quantile`` of latency is at most ``factor`` times stable's."""
-        share = 1 - quantile if tolerance is None else tolerance
-        return cls("latency", "latency", "latency", margin, harm_margin, share, quantile, factor)
-
-    @classmethod
-    def loss(cls, metric: str = "log_loss", *, margin: float = 0.05, harm_margin: float = 0.0) -> Guardrail:
-        """Mean loss of the predictions whose labels have come in."""
-        return cls(metric, "mean", metric, margin, harm_margin)
-
-    @classmethod
-    def score(cls, *, margin: float = 0.1, harm_margin: float | None = None) -> Guardrail:
-        """Mean prediction: the arms' mean scores differ by less than ``margin``, either way."""
-        return cls("score", "score", "prediction", margin, margin if harm_margin is None else harm_margin)
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Guardrail | Mapping[str, Any] | str) -> Guardrail:
-        """A guardrail from a dictionary, or from the name of one with defaults: errors, latency, log_loss, ...
-
-        :raises InvalidInputError: unknown name, unknown field, or a value out of range
+        :raises InvalidInputError: unknown field or value out of range
         """
-        if isinstance(value, Guardrail):
+        if isinstance(value, Step):
             return value
-        if isinstance(value, str):
-            value = {"kind": value}
-        given = dict(value)
-        kind = str(given.pop("kind", given.get("metric", given.get("name"))))
-        short = {"errors": "errors", "rate": "errors", "latency": "latency", "score": "score"}
-        unknown = set(given) - {field.name for field in fields(cls)}
-        try:
-            if unknown:
-                raise TypeError(f"unknown fields {', '.join(sorted(unknown))}")
-            metric = str(given.get("metric", "log_loss" if kind == "mean" else kind))
-            base = getattr(cls, short[kind])() if kind in short else cls.loss(metric)
-            if "harm_margin" not in given and "margin" in given:
-                given["harm_margin"] = given["margin"] if kind == "score" else min(base.harm_margin, given["margin"])
-            if kind == "latency" and "quantile" in given:
-                given.setdefault("tolerance", 1 - given["quantile"])
-            return cls(**{**base.to_json(), **given})
-        except TypeError as error:
+        if not isinstance(value, Mapping):
+            return cls(value)
+        unknown = set(value) - {field.name for field in fields(cls)}
+        if unknown or "weight" not in value:
             raise InvalidInputError(
-                f"{value!r} is not a guardrail: {error}. Expected a name (errors, latency, log_loss, brier, score) or "
-                f"a dictionary with {', '.join(field.name for field in fields(cls))}"
-            ) from None
-
-
-DEFAULT_GUARDRAILS = (Guardrail.errors(), Guardrail.latency())
-
-
-def parse_guardrails(values: Sequence[Any] | None) -> tuple[Guardrail, ...]:
-    """Guardrails from dictionaries, names or instances; the defaults (errors, latency) for ``None``.
-
-    :raises InvalidInputError: none at all, or two of one name
-    """
-    guardrails = DEFAULT_GUARDRAILS if values is None else tuple(Guardrail.from_json(value) for value in values)
-    names = [guardrail.name for guardrail in guardrails]
-    if not names or len(set(names)) < len(names):
-        raise InvalidInputError(f"guardrails are {names}; expected at least one, each with a name of its own")
-    return guardrails
+                f"{dict(value)!r} is not a rollout step; expected a weight in percent, or a dictionary with weight "
+                f"and any of {', '.join(field.name for field in fields(cls)[1:])}"
+            )
+        return cls(**value)
 
 
 @dataclass(frozen=True)
@@ -168,53 +78,109 @@ class RolloutPolicy:
     has data of both arms and none shows harm: it bounds how many users a bad version reaches. Only when every
     guardrail has *shown* non-inferiority is the step to 100 % taken, where no stable arm is left to compare with.
 
-    :param steps: canary weights in percent, rising, the last one 100, at least one between
+    A first step of 0 is a shadow step; ``steps=(0, 100)`` is blue-green: everything must be shown on copies. With
+    ``mode="ab"`` the last step is below 100 and the rollout ends with CONCLUDE after its bake (or ``max_requests``),
+    with a report and no winner.
+
+    ``evidence="always_valid"`` may be looked at after every request and needs no plan. ``"group_sequential"`` decides
+    at ``planned_looks`` looks, evenly spaced over ``max_requests``, and needs fewer requests when that sample is sure
+    to come.
+
+    :param steps: canary weights in percent, rising, or :class:`Step` or dictionaries of one
     :param min_requests: requests per arm and step
     :param alpha: probability of ever rolling back a version that is not worse, over all guardrails and looks
     :param beta: probability of ever promoting a version that is worse than a guardrail's margin
     :param deadline_seconds: HOLD becomes ROLLBACK after this time
     :param bake_seconds: least time per step; when above 0 the version is also watched at 100 % for so long
     :param srm_alpha: error rate of the sample-ratio check
+    :param mode: ``progressive`` or ``ab``
+    :param evidence: ``always_valid`` or ``group_sequential``
+    :param max_requests: requests of the canary after which a group-sequential rollout, or an A/B test, ends
+    :param planned_looks: looks of a group-sequential rollout
+    :param replica_sd: standard deviation, relative, that replicas of one version are known to differ by; the least
+        that is assumed. It takes the place of what cannot be seen when an arm has one replica.
     """
 
-    steps: tuple[float, ...] = (10, 50, 100)
+    steps: tuple[Any, ...] = (10, 50, 100)
     min_requests: int = 100
     alpha: float = 0.05
     beta: float = 0.05
     deadline_seconds: float = 3600.0
     bake_seconds: float = 0.0
     srm_alpha: float = 0.001
+    mode: str = "progressive"
+    evidence: str = "always_valid"
+    max_requests: int | None = None
+    planned_looks: int | None = None
+    replica_sd: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", tuple(self.steps) if isinstance(self.steps, list | tuple) else (self.steps,))
-        steps = self.steps
-        if (
-            not all(_finite(step) for step in steps)
-            or len(steps) < 2
-            or list(steps) != sorted(set(steps))
-            or not (steps[0] > 0 and steps[-1] == 100)
-        ):
+        given = self.steps if isinstance(self.steps, list | tuple) else (self.steps,)
+        object.__setattr__(self, "steps", tuple(Step.from_json(step) for step in given))
+        if self.mode not in MODES or self.evidence not in EVIDENCE:
             raise InvalidInputError(
-                f"the rollout steps are {list(steps)}; expected canary weights in percent that rise, start above 0, "
-                "have at least one step below 100 to compare the versions on, and end at 100, for example (10, 50, 100)"
+                f"mode is {self.mode!r} and evidence {self.evidence!r}; expected one of {', '.join(MODES)} and one of "
+                f"{', '.join(EVIDENCE)}"
             )
+        self._check_weights()
         for name in ("alpha", "beta", "srm_alpha"):
             if not _finite(getattr(self, name)) or not 0 < getattr(self, name) < 0.5:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected an error rate between 0 and 0.5")
-        if not _finite(self.min_requests) or self.min_requests < 1:
-            raise InvalidInputError(f"min_requests is {self.min_requests!r}; expected at least 1")
-        for name, least in (("deadline_seconds", 1), ("bake_seconds", 0)):
-            if not _finite(getattr(self, name)) or getattr(self, name) < least:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; expected seconds, at least {least}")
-        if self.bake_seconds * len(steps) >= self.deadline_seconds:
+        if not _finite(self.replica_sd) or not 0 <= self.replica_sd <= 2:
+            raise InvalidInputError(f"replica_sd is {self.replica_sd!r}; expected a relative spread, 0 to 2")
+        _check("min_requests", self.min_requests, 1, "requests per arm")
+        _check("deadline_seconds", self.deadline_seconds, 1, "seconds")
+        _check("bake_seconds", self.bake_seconds, 0, "seconds")
+        for name in ("max_requests", "planned_looks"):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), 1, "a whole number")
+        if self.evidence == "group_sequential" and (self.max_requests is None or self.planned_looks is None):
             raise InvalidInputError(
-                f"bake_seconds {self.bake_seconds} over {len(steps)} steps does not fit in deadline_seconds "
-                f"{self.deadline_seconds}: no version could ever be promoted"
+                f"group_sequential evidence has max_requests {self.max_requests} and planned_looks "
+                f"{self.planned_looks}; expected both, as its error rates rest on that plan"
             )
+        baking = sum(self.bake_of(index) for index in range(len(self.steps)))
+        if baking >= self.deadline_seconds:
+            raise InvalidInputError(
+                f"bake_seconds of all {len(self.steps)} steps, {baking:g}, does not fit in deadline_seconds "
+                f"{self.deadline_seconds:g}: no version could ever be promoted"
+            )
+
+    def _check_weights(self) -> None:
+        weights, wanted = list(self.weights), "expected canary weights in percent that rise"
+        if weights != sorted(set(weights)):
+            raise InvalidInputError(f"the rollout steps are {weights}; {wanted}, for example (10, 50, 100)")
+        if self.mode == "ab":
+            if not weights or weights[-1] >= 100 or weights[-1] <= 0:
+                raise InvalidInputError(
+                    f"the steps of an A/B test are {weights}; {wanted}, and end between 0 and 100, for example (50,)"
+                )
+            if not self.bake_of(len(weights) - 1) and self.max_requests is None:
+                raise InvalidInputError("an A/B test needs bake_seconds or max_requests: nothing else would end it")
+        elif len(weights) < 2 or weights[-1] != 100:
+            raise InvalidInputError(
+                f"the rollout steps are {weights}; {wanted}, have at least one step below 100 to compare the versions "
+                "on, and end at 100, for example (10, 50, 100)"
+            )
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Canary weight of every step, percent."""
+        return tuple(step.weight for step in self.steps)
+
+    def bake_of(self, step: int) -> float:
+        """Least seconds in a step."""
+        own = self.steps[step].bake_seconds
+        return float(self.bake_seconds if own is None else own)
+
+    def min_requests_of(self, step: int) -> int:
+        """Least requests per arm in a step."""
+        own = self.steps[step].min_requests
+        return int(self.min_requests if own is None else own)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a dictionary."""
-        return {**asdict(self), "steps": list(self.steps)}
+        return {**asdict(self), "steps": [step.to_json() for step in self.steps]}
 
     @classmethod
     def from_json(cls, value: RolloutPolicy | Mapping[str, Any] | None) -> RolloutPolicy:
@@ -231,3 +197,6 @@ class RolloutPolicy:
                 f"the rollout policy has unknown fields {sorted(unknown)}; expected {[f.name for f in fields(cls)]}"
             )
         return cls(**given)
+
+
+__all__ = ["Guardrail", "RolloutPolicy", "Step", "parse_guardrails"]

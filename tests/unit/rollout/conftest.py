@@ -1,7 +1,8 @@
-"""A simulated route: two arms with known rates, read as the judge reads a real one."""
+"""A simulated route: two arms of replicas with known rates, read as the judge reads a real one."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,11 +10,23 @@ import numpy as np
 import pytest
 
 from airflow_mlops.rollout import Judge, Observation
-from airflow_mlops.rollout.observation import BUCKET_EDGES, MOMENTS
+from airflow_mlops.rollout.observation import BUCKET_EDGES
+
+PREDICTION_EDGES = [round(0.05 * i, 2) for i in range(1, 20)]
 
 
 class SimulatedRoute:
-    """Cumulative counters of two arms; ``look`` sends one batch of traffic and reads them."""
+    """Cumulative counters of two arms; ``look`` sends one batch of traffic and reads them.
+
+    :param errors: error rate of (stable, canary), and so on
+    :param shock: standard deviation of the logarithm of a factor on all error rates, new at every look
+    :param ar: how much of one look's shock is left in the next
+    :param replicas: of (stable, canary); with one each they have the name ""
+    :param pods: standard deviation of the logarithm of each replica's own factor on its error rate
+    :param bad: replica name to a factor on its error rate and on its latency
+    :param true_share: of the canary, when the route does not follow its weight
+    :param count: counters of the router itself; without, ``routed`` is None
+    """
 
     def __init__(
         self,
@@ -25,24 +38,33 @@ class SimulatedRoute:
         score: tuple[float, float] = (0.3, 0.3),
         traffic: int = 1000,
         shock: float = 0.0,
+        ar: float = 0.0,
+        replicas: tuple[int, int] = (1, 1),
+        pods: float = 0.0,
+        bad: dict[str, float] | None = None,
         true_share: float | None = None,
+        count: bool = True,
     ) -> None:
         self.rng = np.random.default_rng(seed)
         self.errors, self.latency, self.loss, self.score = errors, latency, loss, score
-        self.traffic, self.shock, self.true_share = traffic, shock, true_share
-        self.time, self.epoch, self.weight = 1000.0, 0, -1.0
+        self.traffic, self.shock, self.ar, self.true_share, self.count = traffic, shock, ar, true_share, count
+        self.time, self.epoch, self.weight, self.log_shock = 1000.0, 0, -1.0, 0.0
         self.routed = [0, 0]
-        self.arms = [self.empty(), self.empty()]
+        names = [[f"{arm}-{i}" for i in range(m)] if max(replicas) > 1 else [""] for arm, m in zip("sc", replicas)]
+        self.arms = [{name: self.empty() for name in arm} for arm in names]
+        self.own = {name: math.exp(self.rng.normal(0, pods)) if pods else 1.0 for arm in names for name in arm}
+        self.bad = bad or {}
 
     @staticmethod
     def empty() -> dict[str, Any]:
-        zero = {name: [0, 0.0, 0.0] for name in MOMENTS}
-        return {"requests": 0, "errors": 0, "buckets": [0] * (len(BUCKET_EDGES) + 1), **zero}
-
-    def _moments(self, arm: int, name: str, values: np.ndarray) -> None:
-        old = self.arms[arm][name]
-        new = [old[0] + len(values), old[1] + float(values.sum()), old[2] + float((values**2).sum())]
-        self.arms[arm] = {**self.arms[arm], name: new}
+        return {
+            "counts": {"requests": 0, "errors": 0},
+            "histograms": {
+                "latency": {"edges": list(BUCKET_EDGES), "counts": [0] * (len(BUCKET_EDGES) + 1)},
+                "prediction": {"edges": PREDICTION_EDGES, "counts": [0] * (len(PREDICTION_EDGES) + 1)},
+            },
+            "moments": {name: [0, 0.0, 0.0] for name in ("latency", "prediction", "log_loss")},
+        }
 
     def look(self, weight: float, seconds: float = 60.0) -> Observation:
         """One look after ``seconds`` of traffic at ``weight`` percent; a new weight only shows the counters."""
@@ -50,32 +72,41 @@ class SimulatedRoute:
         if weight != self.weight:
             self.weight, self.epoch, self.routed = weight, self.epoch + 1, [0, 0]
         else:
-            shock = math.exp(self.rng.normal(0, self.shock)) if self.shock else 1.0
+            new = self.rng.normal(0, self.shock) if self.shock else 0.0
+            self.log_shock = self.ar * self.log_shock + math.sqrt(1 - self.ar**2) * new
             share = weight / 100 if self.true_share is None else self.true_share
-            canary = int(self.rng.binomial(self.traffic, share))
-            for arm, n in enumerate((self.traffic - canary, canary)):
+            canary = int(self.rng.binomial(self.traffic, share)) if weight else self.traffic
+            for arm, n in enumerate((self.traffic - canary * (weight > 0), canary)):
                 self.routed[arm] += n
-                self._serve(arm, n, shock)
-        stable, canary_arm = ({**arm, "buckets": list(arm["buckets"])} for arm in self.arms)
-        routed = (self.routed[0], self.routed[1])
-        return Observation(self.time, "boot", self.epoch, weight, stable, canary_arm, routed)
+                self._arm(arm, n)
+        stable, canary_arm = copy.deepcopy(self.arms)
+        routed = (self.routed[0], self.routed[1]) if self.count else None
+        return Observation(self.time, "boot", str(self.epoch), weight, stable, canary_arm, routed, shadow=weight == 0)
 
-    def _serve(self, arm: int, n: int, shock: float) -> None:
-        if n == 0:
-            return
-        failed = int(self.rng.binomial(n, min(self.errors[arm] * shock, 1.0)))
-        seconds = self.rng.lognormal(math.log(self.latency[arm]), 0.4, n)
-        buckets = np.bincount(np.searchsorted(BUCKET_EDGES, seconds), minlength=len(BUCKET_EDGES) + 1)
-        old = self.arms[arm]
-        self.arms[arm] = {
-            **old,
-            "requests": old["requests"] + n,
-            "errors": old["errors"] + failed,
-            "buckets": [a + int(b) for a, b in zip(old["buckets"], buckets)],
-        }
-        self._moments(arm, "latency", seconds)
-        self._moments(arm, "log_loss", self.rng.gamma(1.0, self.loss[arm], n))
-        self._moments(arm, "prediction", self.rng.normal(self.score[arm], 0.15, n))
+    def _arm(self, arm: int, n: int) -> None:
+        names = list(self.arms[arm])
+        for name, own in zip(names, self.rng.multinomial(n, [1 / len(names)] * len(names))):
+            if own:
+                self._serve(arm, name, int(own))
+
+    def _serve(self, arm: int, name: str, n: int) -> None:
+        factor = self.own[name] * self.bad.get(name, 1.0)
+        counters = self.arms[arm][name]
+        counters["counts"]["requests"] += n
+        counters["counts"]["errors"] += int(
+            self.rng.binomial(n, min(self.errors[arm] * math.exp(self.log_shock) * factor, 1.0))
+        )
+        seconds = self.rng.lognormal(math.log(self.latency[arm] * self.bad.get(name, 1.0)), 0.4, n)
+        scores = self.rng.normal(self.score[arm], 0.15, n)
+        for metric, values, edges in (("latency", seconds, BUCKET_EDGES), ("prediction", scores, PREDICTION_EDGES)):
+            old = counters["histograms"][metric]["counts"]
+            buckets = np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1)
+            counters["histograms"][metric]["counts"] = [a + int(b) for a, b in zip(old, buckets)]
+        losses = self.rng.gamma(1.0, self.loss[arm], n)
+        for metric, values in (("latency", seconds), ("prediction", scores), ("log_loss", losses)):
+            old = counters["moments"][metric]
+            new = [old[0] + n, old[1] + float(values.sum()), old[2] + float((values**2).sum())]
+            counters["moments"][metric] = new
 
     def run(self, judge: Judge, looks: int = 400) -> list[Any]:
         """Look until the judge is done; returns the verdicts."""

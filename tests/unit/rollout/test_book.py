@@ -128,7 +128,12 @@ def test_the_judge_reads_the_state():
     made = book(50)
     made.record("1", "x", 0.2, 0.01)
     seen = observation_of(made.state(5.0))
-    assert (seen.weight, seen.stable["requests"], seen.canary["requests"], seen.problem) == (50.0, 1, 0, None)
+    assert (
+        seen.weight,
+        seen.stable[""]["counts"]["requests"],
+        seen.canary[""]["counts"]["requests"],
+        seen.problem,
+    ) == (50.0, 1, 0, None)
     assert observation_of({"boot": "x"}).problem
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -130,17 +131,30 @@ def test_another_process_continues_with_the_same_verdicts(route):
     assert len(json.dumps(state)) < 8000
 
 
+def with_arm(observation, arm, edit):
+    """The observation with every replica of one arm changed by ``edit``."""
+    changed = copy.deepcopy(dict(getattr(observation, arm)))
+    for counters in changed.values():
+        edit(counters)
+    return dataclasses.replace(observation, **{arm: changed})
+
+
 def nan(observation):
-    return dataclasses.replace(observation, canary={**observation.canary, "latency": [10, math.nan, 1.0]})
+    return with_arm(observation, "canary", lambda c: c["moments"].update(latency=[10, math.nan, 1.0]))
 
 
 def missing_metric(observation):
-    return dataclasses.replace(observation, canary={k: v for k, v in observation.canary.items() if k != "log_loss"})
+    return with_arm(observation, "canary", lambda c: c["moments"].pop("log_loss"))
 
 
 def no_labels(observation):
-    arms = {name: {**getattr(observation, name), "log_loss": [0, 0.0, 0.0]} for name in ("stable", "canary")}
-    return dataclasses.replace(observation, **arms)
+    for arm in ("stable", "canary"):
+        observation = with_arm(observation, arm, lambda c: c["moments"].update(log_loss=[0, 0.0, 0.0]))
+    return observation
+
+
+def other_buckets(observation):
+    return with_arm(observation, "stable", lambda c: c["histograms"].update(latency={"edges": [1], "counts": [1]}))
 
 
 FAULTS = {
@@ -154,8 +168,8 @@ FAULTS = {
     "other weight": lambda o, i: dataclasses.replace(o, weight=o.weight + 5),
     "reset every look": lambda o, i: dataclasses.replace(o, boot=f"boot {i}"),
     "stale": lambda o, i: dataclasses.replace(o, time=1000.0),
-    "negative": lambda o, i: dataclasses.replace(o, stable={**o.stable, "errors": -1}),
-    "other buckets": lambda o, i: dataclasses.replace(o, stable={**o.stable, "buckets": [0, 1]}),
+    "negative": lambda o, i: with_arm(o, "stable", lambda c: c["counts"].update(errors=-1)),
+    "other buckets": lambda o, i: other_buckets(o),
 }
 
 
@@ -192,7 +206,7 @@ def test_counters_that_start_anew_are_never_counted_backwards(route):
     world, judge = route(7), Judge(dataclasses.replace(FAST, min_requests=10**6), ["errors"])
     for _ in range(3):
         judge.observe(world.look(10))
-    world.arms, world.routed = [world.empty(), world.empty()], [0, 0]
+    world.arms, world.routed = [{"": world.empty()}, {"": world.empty()}], [0, 0]
     before = dict(judge.observe(dataclasses.replace(world.look(10), boot="new")).requests)
     after = judge.observe(dataclasses.replace(world.look(10), boot="new")).requests
     assert sum(before.values()) == 2000 and sum(after.values()) == 3000
