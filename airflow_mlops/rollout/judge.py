@@ -8,60 +8,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from airflow_mlops.rollout.evidence import UNBALANCED, Moments, arm_log_likelihood_ratios, log_mean_exp
-from airflow_mlops.rollout.guards import HARM, NO_DATA, OK, MeanEvidence, ShareEvidence, evidence_for
-from airflow_mlops.rollout.observation import MOMENTS, Observation, arm_problem
+from airflow_mlops.exceptions import InvalidInputError
+from airflow_mlops.rollout.groupseq import Plan
+from airflow_mlops.rollout.guards import evidence_for
+from airflow_mlops.rollout.intake import ARMS, Intake, Look
+from airflow_mlops.rollout.observation import Observation
 from airflow_mlops.rollout.policy import Guardrail, RolloutPolicy, parse_guardrails
-
-HOLD, PROMOTE_STEP, PROMOTE, ROLLBACK = "HOLD", "PROMOTE_STEP", "PROMOTE", "ROLLBACK"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one look decided, on which numbers.
-
-    :param decision: ``HOLD``, ``PROMOTE_STEP`` (go to ``weight``), ``PROMOTE`` (go to 100 % and stay) or ``ROLLBACK``
-    :param weight: canary share in percent that the route is to have after this verdict
-    :param step: index of the step this look was made in
-    :param look: number of the look, from 1
-    :param reasons: why, in words
-    :param guardrails: name to status (``no data``, ``open``, ``ok``, ``harm``) and numbers
-    :param requests: judged requests so far, by arm
-    """
-
-    decision: str
-    weight: float
-    step: int
-    look: int
-    reasons: list[str] = field(default_factory=list)
-    guardrails: dict[str, dict[str, Any]] = field(default_factory=dict)
-    requests: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def final(self) -> bool:
-        """Whether the rollout ends with it."""
-        return self.decision in (PROMOTE, ROLLBACK)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain Python types, no NaN."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Verdict:
-        """Inverse of :meth:`to_json`."""
-        return cls(**value)
+from airflow_mlops.rollout.sequential import UNBALANCED, log_mean_exp, sample_ratio_logs
+from airflow_mlops.rollout.terms import HARM, NO_DATA, OK, Terms
+from airflow_mlops.rollout.verdict import APPROVE, CONCLUDE, HOLD, PROMOTE, PROMOTE_STEP, ROLLBACK, Verdict
 
 
 class Judge:
     """Judges the looks of one rollout in their order.
 
+    One replica per arm cannot tell a bad replica from a bad model: with two or more in either arm their spread is
+    estimated and held against every difference, with three or more in the canary a single bad one is named and not
+    taken for the model. Where the route does not tell its replicas apart, ``policy.replica_sd`` is all there is.
+
     :param policy: steps, error rates, deadline
     :param guardrails: what must not be worse; errors and latency by default
     :param state: :meth:`state` of an earlier judge of the same rollout
     """
+
+    NAMES = ("step", "looks", "started", "step_started", "requests", "step_requests", "ratio", "approvals")
 
     def __init__(
         self,
@@ -79,16 +51,17 @@ class Judge:
         self.requests = list(state.get("requests", [0, 0]))
         self.step_requests = list(state.get("step_requests", [0, 0]))
         self.ratio = list(state.get("ratio", [0.0] * len(UNBALANCED)))
-        self.last: dict[str, Any] | None = state.get("last")
+        self.approvals: dict[str, Any] = dict(state.get("approvals", {}))
         saved = state.get("evidence", {})
         self.evidence = {guard.name: evidence_for(guard, saved.get(guard.name)) for guard in self.guardrails}
+        self.intake = Intake(self.evidence, state.get("intake"))
 
     def state(self) -> dict[str, Any]:
         """Everything a later judge needs, as small JSON."""
-        names = ("step", "looks", "started", "step_started", "requests", "step_requests", "ratio", "last")
         return {
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in self.NAMES},
             "evidence": {name: evidence.state() for name, evidence in self.evidence.items()},
+            "intake": self.intake.state(),
         }
 
     @property
@@ -97,8 +70,26 @@ class Judge:
         return self.policy.weights[self.step]
 
     @property
-    def _baking(self) -> bool:
+    def _last_step(self) -> bool:
         return self.step == len(self.policy.steps) - 1
+
+    @property
+    def _baking(self) -> bool:
+        return self._last_step and self.policy.mode == "progressive"
+
+    def approve(self, step: int, approved: bool, by: str, now: float) -> bool:
+        """Record a person's answer for a step; the next look acts on it.
+
+        :param step: index of the step that waits
+        :return: whether the answer counts; not when that step is over or has an answer already
+        :raises InvalidInputError: the step does not ask for one
+        """
+        if not 0 <= step < len(self.policy.steps) or not self.policy.steps[step].approval:
+            raise InvalidInputError(f"step {step} of the rollout does not wait for an approval")
+        if step != self.step or str(step) in self.approvals:
+            return False
+        self.approvals[str(step)] = {"approved": bool(approved), "by": str(by), "time": now}
+        return True
 
     def observe(self, observation: Observation) -> Verdict:
         """Judge one more look; observations must come in time order."""
@@ -106,91 +97,68 @@ class Judge:
         now = observation.time
         self.started = now if self.started is None else self.started
         self.step_started = now if self.step_started is None else self.step_started
-        problem = self._take(observation)
+        look = self.intake.take(observation, self.weight, self._baking)
+        problem = look if isinstance(look, str) else self._add(look)
         accounts = self._accounts()
-        decision, reasons = self._decide(now, problem, accounts)
-        if decision == HOLD and now - self.started >= self.policy.deadline_seconds:
+        decision, reasons = self._decide(now, problem, accounts, {} if isinstance(look, str) else look.missing)
+        if decision in (HOLD, APPROVE) and now - self.started >= self.policy.deadline_seconds:
             decision = ROLLBACK
             reasons = [f"not decided within the deadline of {self.policy.deadline_seconds:g} s", *reasons]
+        if not isinstance(look, str):
+            reasons = reasons + look.notes
         judged_step = self.step
         if decision == PROMOTE_STEP:
-            self.step, self.step_started, self.step_requests, self.last = self.step + 1, now, [0, 0], None
-        weight = {PROMOTE: 100, ROLLBACK: 0}.get(decision, self.weight)
-        return Verdict(
-            decision,
-            weight,
-            judged_step,
-            self.looks,
-            reasons,
-            accounts,
-            {"stable": self.requests[0], "canary": self.requests[1]},
-        )
+            self.step, self.step_started, self.step_requests = self.step + 1, now, [0, 0]
+            self.intake.restart()
+        weight = {PROMOTE: 100.0, ROLLBACK: 0.0, CONCLUDE: 0.0}.get(decision, self.weight)
+        verdict = Verdict(decision, weight, judged_step, self.looks, reasons, accounts, dict(zip(ARMS, self.requests)))
+        if verdict.final:
+            terms = self._terms()
+            verdict.report.update({name: evidence.report(terms) for name, evidence in self.evidence.items()})
+        return verdict
 
-    def _take(self, observation: Observation) -> str | None:
-        """Add what happened since the last look to the evidence; or say why nothing could be added."""
-        if observation.problem:
-            return f"nothing observed: {observation.problem}"
-        if not math.isfinite(observation.weight) or abs(observation.weight - self.weight) > 1e-6:
-            self.last = None
-            return f"the route sends {observation.weight:g} % to the canary, expected {self.weight:g} %"
-        arms = {"canary": observation.canary} if self._baking else {}
-        arms = arms or {"stable": observation.stable, "canary": observation.canary}
-        for name, counters in arms.items():
-            problem = arm_problem(counters)
-            if problem:
-                return f"the {name} arm {problem}"
-        routed = list(observation.routed or (0, 0))
-        current: dict[str, Any] = {
-            "time": observation.time,
-            "boot": observation.boot,
-            "epoch": observation.epoch,
-            "routed": routed,
-            "arms": {name: _summed(counters or {}) for name, counters in arms.items()},
-        }
-        last: dict[str, Any] | None = self.last
-        self.last = current
-        if last is None:
-            return "first look at this weight"
-        if last["boot"] != observation.boot:
-            return "the route's counters started anew"
-        if last["epoch"] != observation.epoch:
-            return "the route was changed since the last look"
-        if observation.time <= last["time"]:
-            self.last = last
-            return "the observation is stale"
-        looks = {name: difference(current["arms"][name], last["arms"][name]) for name in arms}
-        new_routed = [a - b for a, b in zip(routed, last["routed"])]
-        if any(look is None for look in looks.values()) or min(new_routed) < 0:
-            return "counters went backwards"
-        return self._add({name: look for name, look in looks.items() if look}, new_routed)
-
-    def _add(self, looks: Mapping[str, Mapping[str, Any]], routed: Sequence[int]) -> str | None:
-        seen = [looks["stable"]["requests"] if "stable" in looks else 0, looks["canary"]["requests"]]
-        self.requests = [a + b for a, b in zip(self.requests, seen)]
-        self.step_requests = [a + b for a, b in zip(self.step_requests, seen)]
+    def _add(self, look: Look) -> str | None:
+        """Add a look to the evidence; says what keeps it from being enough."""
+        self.requests = [a + b for a, b in zip(self.requests, look.requests)]
+        self.step_requests = [a + b for a, b in zip(self.step_requests, look.requests)]
         if self._baking:
-            for evidence in self.evidence.values():
-                if isinstance(evidence, ShareEvidence):
-                    evidence.add_bake(looks["canary"])
-            return None if seen[1] else "no requests since the last look"
-        share = self.weight / 100
-        self.ratio = arm_log_likelihood_ratios(
-            self.ratio, UNBALANCED, 1.0, (1 - share, share), (int(routed[0]), int(routed[1]))
-        )
-        for evidence in self.evidence.values():
-            evidence.add(looks["stable"], looks["canary"])
-        # Labels come after their request, so a look without requests can still add evidence.
-        missing = [name for name, count in zip(("stable", "canary"), self.step_requests) if count == 0]
-        if missing:
-            return f"no requests in the {' or the '.join(missing)} arm at this weight"
-        return None if sum(seen) else "no requests since the last look"
+            for evidence, (_, canary) in zip(self.evidence.values(), look.parts):
+                evidence.add_bake(canary)
+            return None if look.requests[1] else "no requests since the last look"
+        if look.routed is not None and self.weight > 0:
+            self.ratio = sample_ratio_logs(self.ratio, self.weight / 100, look.routed)
+        for evidence, (stable, canary) in zip(self.evidence.values(), look.parts):
+            # Labels come after their request, so a look without requests can still add evidence.
+            if stable and canary:
+                evidence.add(stable, canary)
+        silent = [name for name, count in zip(ARMS, look.requests) if count == 0]
+        if len(silent) == 2:
+            return "no requests since the last look"
+        return f"no requests in the {silent[0]} arm since the last look" if silent else None
+
+    def _terms(self) -> Terms:
+        plan = None
+        if self.policy.evidence == "group_sequential":
+            assert self.policy.max_requests is not None and self.policy.planned_looks is not None
+            plan = Plan(self.requests[1] / self.policy.max_requests, self.policy.planned_looks)
+        alpha = self.policy.alpha / len(self.guardrails)
+        return Terms(alpha, self.policy.beta, self.policy.replica_sd, plan)
 
     def _accounts(self) -> dict[str, dict[str, Any]]:
-        alpha = self.policy.alpha / len(self.guardrails)
-        return {name: evidence.account(alpha, self.policy.beta) for name, evidence in self.evidence.items()}
+        terms, accounts = self._terms(), {}
+        for name, evidence in self.evidence.items():
+            account = evidence.account(terms)
+            if "culprit" in account:
+                account["culprit"] = self.intake.names[1][account["culprit"]]
+            accounts[name] = account
+        return accounts
 
     def _decide(
-        self, now: float, problem: str | None, accounts: Mapping[str, Mapping[str, Any]]
+        self,
+        now: float,
+        problem: str | None,
+        accounts: Mapping[str, Mapping[str, Any]],
+        missing: Mapping[str, Sequence[str]],
     ) -> tuple[str, list[str]]:
         if log_mean_exp(self.ratio) >= math.log(1 / self.policy.srm_alpha):
             return HOLD, [
@@ -199,67 +167,109 @@ class Judge:
             ]
         harmful = [name for name, account in accounts.items() if account["status"] == HARM]
         if harmful:
-            return ROLLBACK, [f"{name}: the canary is worse ({_numbers(accounts[name])})" for name in harmful]
+            return ROLLBACK, [f"{name}: the canary is worse ({numbers(accounts[name])})" for name in harmful]
         if self._baking:
             alpha = self.policy.alpha / len(self.guardrails)
-            bad = [n for n, e in self.evidence.items() if isinstance(e, ShareEvidence) and e.baked_badly(alpha)]
+            bad = [name for name, evidence in self.evidence.items() if evidence.baked_badly(alpha)]
             if bad:
                 return ROLLBACK, [f"{name}: worse at 100 % than was acceptable beside stable" for name in bad]
+        answer = self.approvals.get(str(self.step))
+        if answer and not answer["approved"]:
+            return ROLLBACK, [f"refused by {answer['by']} at {self.weight:g} %"]
         if problem:
             return HOLD, [problem]
-        waiting = self._waiting(now, accounts)
+        waiting = self._waiting(now, accounts, missing)
+        ended = self._sample_used_up(accounts)
+        if ended:
+            return ROLLBACK, [ended, *waiting]
         if waiting:
             return HOLD, waiting
-        if self._baking or (self.step == len(self.policy.steps) - 2 and self.policy.bake_seconds == 0):
-            return PROMOTE, ["every guardrail shows that the canary is not worse"]
-        return PROMOTE_STEP, [f"no harm at {self.weight:g} %; next {self.policy.weights[self.step + 1]:g} %"]
+        return self._next(answer)
 
-    def _waiting(self, now: float, accounts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    def _next(self, answer: Mapping[str, Any] | None) -> tuple[str, list[str]]:
+        """What follows when the current step has all it waits for."""
+        if self._last_step and self.policy.mode == "ab":
+            return CONCLUDE, ["the test has run its time; see the report of effects"]
+        if self.policy.steps[self.step].approval and answer is None:
+            return APPROVE, [f"everything asked for at {self.weight:g} % is shown; waiting for a person's approval"]
+        agreed = [f"approved by {answer['by']}"] if answer else []
+        last = self.policy.steps[-1]
+        watched = self.policy.bake_of(-1) > 0 or last.approval or last.min_requests is not None
+        if self._baking or (self.policy.weights[self.step + 1] == 100 and not watched):
+            return PROMOTE, ["every guardrail shows that the canary is not worse", *agreed]
+        return PROMOTE_STEP, [f"no harm at {self.weight:g} %; next {self.policy.weights[self.step + 1]:g} %", *agreed]
+
+    def _sample_used_up(self, accounts: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """Why a group-sequential rollout can no longer be promoted."""
+        plan = self._terms().plan
+        if plan is None or plan.fraction < 1 or self._baking or self.policy.mode == "ab":
+            return None
+        open_ = [name for name, account in accounts.items() if account["status"] != OK]
+        if not open_:
+            return None
+        return f"the planned {self.policy.max_requests} requests are used up and {', '.join(open_)} not shown"
+
+    def _waiting(
+        self, now: float, accounts: Mapping[str, Mapping[str, Any]], missing: Mapping[str, Sequence[str]]
+    ) -> list[str]:
         """What the current step still waits for."""
-        reasons = []
-        for index, name in enumerate(("stable", "canary")):
-            if self.step_requests[index] < self.policy.min_requests and not (self._baking and name == "stable"):
-                reasons.append(f"{self.step_requests[index]} of {self.policy.min_requests} requests in the {name} arm")
-        baked = now - (self.step_started or now)
-        if baked < self.policy.bake_seconds:
-            reasons.append(f"baking: {baked:.0f} of {self.policy.bake_seconds:g} s")
-        enough = {OK} if self.step >= len(self.policy.steps) - 2 else {OK, "open"}
+        reasons, least = [], self.policy.min_requests_of(self.step)
+        for index, name in enumerate(ARMS):
+            if self.step_requests[index] < least and not (self._baking and name == "stable"):
+                reasons.append(f"{self.step_requests[index]} of {least} requests in the {name} arm")
+        reasons += self._baked(now - (self.step_started or now))
+        concluding = self._last_step and self.policy.mode == "ab"
+        decisive = not self._last_step and self.policy.weights[self.step + 1] == 100
         for name, account in accounts.items():
-            if account["status"] == NO_DATA:
+            if name in missing:
+                reasons.append(f"{name}: {self._silence(name, missing[name])}")
+            elif account["status"] == NO_DATA:
                 reasons.append(f"{name}: not enough data of both arms")
-            elif account["status"] not in enough and not self._baking:
-                reasons.append(f"{name}: not yet shown to be no worse ({_numbers(account)})")
+            elif "culprit" in account and not concluding:
+                reasons.append(
+                    f"{name}: worse only with the canary's replica {account['culprit']}; without it the others are "
+                    f"as good as stable, so a bad replica is likelier than a bad model ({numbers(account)})"
+                )
+            elif decisive and account["status"] != OK:
+                reasons.append(f"{name}: not yet shown to be no worse ({numbers(account)})")
         return reasons
 
+    def _baked(self, seconds: float) -> list[str]:
+        bake, most = self.policy.bake_of(self.step), self.policy.max_requests
+        if self._last_step and self.policy.mode == "ab" and most is not None and self.requests[1] >= most:
+            return []
+        if seconds < bake:
+            return [f"baking: {seconds:.0f} of {bake:g} s"]
+        if self._last_step and self.policy.mode == "ab" and not bake:
+            return [f"{self.requests[1]} of {most} requests of the test"]
+        return []
 
-def _summed(arm: Mapping[str, Any]) -> dict[str, Any]:
-    """One arm's totals over its replicas."""
-    total: dict[str, Any] = {}
-    for replica in arm.values():
-        flat = {**replica["counts"], "buckets": replica["histograms"]["latency"]["counts"], **replica["moments"]}
-        for name, value in flat.items():
-            old = total.get(name)
-            both = [a + b for a, b in zip(old or [0] * len(value), value)] if isinstance(value, list) else None
-            total[name] = value + (old or 0) if both is None else both
-    return total
-
-
-def difference(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Totals since ``old``; ``None`` when a count went backwards."""
-    result: dict[str, Any] = {name: new[name] - old[name] for name in new if not isinstance(new[name], list)}
-    result["buckets"] = [a - b for a, b in zip(new["buckets"], old["buckets"], strict=True)]
-    for name in MOMENTS:
-        if name in new:
-            result[name] = Moments(*new[name]).minus(Moments(*old[name]))
-    counts = [result["requests"], result["errors"], *result["buckets"]]
-    return None if min(counts) < 0 else result
+    def _silence(self, name: str, arms: Sequence[str]) -> str:
+        guard = next(guard for guard in self.guardrails if guard.name == name)
+        if guard.kind in ("latency", "drift") and getattr(self.evidence[name], "threshold", 0.0) is None:
+            return f"stable has not yet enough values of {guard.metric!r} to choose a threshold"
+        return f"no data: {guard.metric!r} is not reported by the {' or the '.join(arms)} arm"
 
 
-def _numbers(account: Mapping[str, Any]) -> str:
+def numbers(account: Mapping[str, Any]) -> str:
+    """The numbers of a guardrail's account in words."""
     text = f"stable {account['stable']:.4g}, canary {account['canary']:.4g}"
     if "e_ok" in account:
         return f"{text}, evidence of harm {account['e_harm']:.3g}, of no harm {account['e_ok']:.3g}"
+    if "z_harm" in account:
+        return f"{text}, z of harm {account['z_harm']:.3g} of {account['z_harm_needed']:.3g}"
+    if "worse_by_at_least" not in account:
+        return f"{text}, no planned look yet"
     return f"{text}, worse by {account['worse_by_at_least']:.4g} to {account['worse_by_at_most']:.4g}"
 
 
-__all__ = ["HOLD", "PROMOTE", "PROMOTE_STEP", "ROLLBACK", "Judge", "MeanEvidence", "ShareEvidence", "Verdict"]
+__all__ = [
+    "APPROVE",
+    "CONCLUDE",
+    "HOLD",
+    "PROMOTE",
+    "PROMOTE_STEP",
+    "ROLLBACK",
+    "Judge",
+    "Verdict",
+]
