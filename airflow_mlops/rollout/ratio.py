@@ -2,12 +2,15 @@
 
 Given that an event happened in a look, it belongs to the canary with probability ``ratio * n_c / (ratio * n_c + n_s)``,
 whatever the rate of events in that look: a shock that both arms share cancels, and a changing split needs no
-correction (Lindon & Malek 2022). So the logarithm of the likelihood on a grid of ratios is all that has to be kept.
+correction (Lindon & Malek, "Anytime-valid inference for multinomial count data", NeurIPS 2022). So the logarithm of the
+likelihood on a grid of ratios is all that has to be kept.
 
 Replicas with effects of their own make the arms' ratio ``ratio * exp(u)``, ``u`` normal with variance
-``tau^2 (1/m_c + 1/m_s)``. Null and alternatives are both averaged over ``u``; of the unknown ``tau``, the alternative
-is averaged over a prior and the null has the value that suits it best, each with the likelihood that the dispersion
-within the arms gives it (universal inference, see :mod:`.replicas`).
+``tau^2 (1/m_c + 1/m_s)``. Null and alternatives are both averaged over ``u``, and over ``tau`` with a prior and the
+likelihood that the dispersion within the arms gives it (:mod:`.replicas`): for every ``tau`` of weight ``w`` the
+evidence exceeds ``1/alpha`` with probability at most ``alpha / w`` by Ville's inequality, and where the dispersion
+tells ``tau``, as it does long before requests tell more than replicas do, at about ``alpha``
+(``tests/unit/rollout/test_error_rates.py`` says how far that holds).
 """
 
 from __future__ import annotations
@@ -21,8 +24,14 @@ from airflow_mlops.rollout.replicas import SPREADS, Dispersion
 
 WORSE = ((1.06, 0.01), (1.2, 0.02), (1.65, 0.52), (4.0, 0.42), (12.0, 0.03))
 BETTER = ((0.1, 0.02), (0.3, 0.04), (0.7, 0.84), (0.8, 0.08), (0.95, 0.02))
-PRIOR_OF_SPREAD = (0.6, 0.1, 0.1, 0.08, 0.07, 0.03, 0.01, 0.005, 0.005)
+LIKELY_SPREAD = (0.6, 0.1, 0.1, 0.08, 0.07, 0.03, 0.01, 0.005, 0.005)
+CAUTIOUS_SPREAD = (0.32, 0.11, 0.15, 0.15, 0.15, 0.1, 0.04, 0.01, 0.01)
+"""Prior of each of ``SPREADS``; the cautious one is that of a canary that is not acceptable."""
+PRIORS = np.array([LIKELY_SPREAD, LIKELY_SPREAD, LIKELY_SPREAD, CAUTIOUS_SPREAD])
+SQUARES = np.array(SPREADS) ** 2
 LADDER = 1.1
+LOG_LADDER = math.log(LADDER)
+LOWEST = -690.0
 
 
 @functools.lru_cache(maxsize=64)
@@ -50,13 +59,24 @@ def _cells(points: np.ndarray, centre: float, sd: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1024)
 def _weights(harm: float, margin: float, sds: tuple[float, ...]) -> np.ndarray:
-    """Weights on the grid, rows by test (harm, ok), side (alternative, null) and spread."""
+    """Weights on the grid, by test (harm, ok) and side (alternative, null), then by spread."""
     points, rows = grid(harm, margin), []
     for null, alternatives in ((harm, WORSE), (margin, BETTER)):
         for sd in sds:
             rows.append(sum(weight * _cells(points, math.log(null * factor), sd) for factor, weight in alternatives))
         rows += [_cells(points, math.log(null), sd) for sd in sds]
     return np.array(rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sds(known: bool, rung: int, least: float) -> tuple[float, ...]:
+    """Standard deviation of the arms' own difference, by spread."""
+    return tuple(round(max(spread, least) * LADDER ** (rung / 2), 6) for spread in (SPREADS if known else (0.0,)))
+
+
+def _rung(uneven: float) -> int:
+    """``uneven``, taken up to the next rung of a ladder: what it weighs need be computed only once."""
+    return math.ceil(math.log(uneven) / LOG_LADDER - 1e-9)
 
 
 class RatioLikelihood:
@@ -83,53 +103,35 @@ class RatioLikelihood:
 
     def log_e(self, dispersion: Dispersion, least_spread: float = 0.0) -> tuple[float, float]:
         """Evidence of harm, and of no inferiority."""
-        spreads = SPREADS if dispersion.known else (0.0,)
-        spreads = tuple(max(spread, least_spread) for spread in spreads)
-        prior: tuple[float, ...] = PRIOR_OF_SPREAD if dispersion.known else (1.0,)
-        sds = _sds(spreads, dispersion.uneven)
-        seen = np.array([dispersion.log_likelihood(spread) for spread in spreads])
-        seen -= seen.max()
+        sds = _sds(dispersion.known, _rung(dispersion.uneven), least_spread)
+        likelihood = np.exp(np.maximum(self.logs, LOWEST))
+        sums = (_weights(self.harm, self.margin, sds) @ likelihood).reshape(4, len(sds))
+        priors = PRIORS * _spreads(dispersion) if dispersion.known else np.ones((4, 1))
         # The least representable number stands for a likelihood that is lost to underflow.
-        sums = np.log(_weights(self.harm, self.margin, sds) @ np.exp(np.maximum(self.logs, -690.0)) + 1e-300)
-        k = len(spreads)
-        logs = []
-        for start in (0, 2 * k):
-            alternative = sums[start : start + k] + seen
-            null = sums[start + k : start + 2 * k] + seen
-            logs.append(_log_dot(prior, alternative) - _log_dot(prior, null))
-        return logs[0], logs[1]
+        worse, harmless, better, inferior = (math.log(value + 1e-300) for value in (sums * priors).sum(axis=1).tolist())
+        return worse - harmless, better - inferior
 
     def interval(self, dispersion: Dispersion, alpha: float, least_spread: float = 0.0) -> tuple[float, float]:
         """Confidence sequence of the ratio, outwards to the next points of the grid.
 
         Ratios that a mixture over all ratios is not ``1/alpha`` times likelier than.
         """
-        spreads = tuple(max(spread, least_spread) for spread in (SPREADS if dispersion.known else (0.0,)))
-        likelihood = np.exp(np.maximum(self.logs, -690.0))
-        wide = _cells(self.points, 0.0, 1.0)
-        nulls, mixture = [], []
-        for spread, sd in zip(spreads, _sds(spreads, dispersion.uneven)):
-            seen = dispersion.log_likelihood(spread)
-            each = np.log(np.array([_cells(self.points, point, sd) @ likelihood for point in self.points]) + 1e-300)
-            nulls.append(each + seen)
-            mixture.append(math.log(float(wide @ np.exp(each)) + 1e-300) + seen)
-        top = max(mixture)
-        prior = PRIOR_OF_SPREAD if dispersion.known else (1.0,)
-        total = top + math.log(sum(p * math.exp(m - top) for p, m in zip(prior, mixture)))
-        inside = np.flatnonzero(np.max(nulls, axis=0) > total - math.log(1 / alpha))
-        if not len(inside):
-            inside = np.array([int(np.argmax(np.max(nulls, axis=0)))])
-        last = len(self.points) - 1
-        low, high = max(int(inside[0]) - 1, 0), min(int(inside[-1]) + 1, last)
+        likelihood = np.exp(np.maximum(self.logs, LOWEST))
+        sds = _sds(dispersion.known, _rung(dispersion.uneven), least_spread)
+        cells = [np.array([_cells(self.points, point, sd) for point in self.points]) @ likelihood for sd in sds]
+        prior = PRIORS[3] * _spreads(dispersion) if dispersion.known else np.ones(1)
+        each = prior @ np.array(cells)
+        mixture = float(_cells(self.points, 0.0, 1.0) @ each)
+        inside = np.flatnonzero(each >= min(mixture * alpha, each.max()))
+        low, high = max(int(inside[0]) - 1, 0), min(int(inside[-1]) + 1, len(self.points) - 1)
         return float(self.ratios[low]), float(self.ratios[high])
 
 
-def _log_dot(weights: tuple[float, ...], logs: np.ndarray) -> float:
-    top = logs.max()
-    return float(top + math.log(np.dot(weights, np.exp(logs - top))))
-
-
-def _sds(spreads: tuple[float, ...], uneven: float) -> tuple[float, ...]:
-    """Standard deviation of the arms' own difference per spread, ``uneven`` taken up to the next rung of a ladder."""
-    rung = LADDER ** math.ceil(round(math.log(uneven) / math.log(LADDER), 6))
-    return tuple(round(spread * math.sqrt(rung), 6) for spread in spreads)
+def _spreads(dispersion: Dispersion) -> np.ndarray:
+    """Likelihood that the dispersion within the arms gives each spread, at most 1."""
+    logs = np.zeros(len(SPREADS))
+    for q, df, information in zip(dispersion.q, dispersion.df, dispersion.information):
+        # Q is chi-squared with df degrees of freedom, scaled by 1 + tau^2 information / df.
+        scale = 1 + SQUARES * (information / df)
+        logs -= 0.5 * (df * np.log(scale) + q / scale)
+    return np.exp(logs - logs.max())

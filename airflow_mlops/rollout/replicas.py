@@ -7,8 +7,7 @@ given how many events an arm had in a look, they fall on its replicas in proport
 the look brought; what they deviate beyond that is theirs.
 
 Sources: DerSimonian & Laird, "Meta-analysis in clinical trials" (Controlled Clinical Trials 1986) for Q and its
-expectation; Wasserman, Ramdas & Balakrishnan, "Universal inference" (PNAS 2020) for holding a null with an unknown
-nuisance against its most favourable value; Wilson & Hilferty (PNAS 1931) for the quantile of chi-squared.
+expectation; Wilson & Hilferty (PNAS 1931) for the quantile of chi-squared.
 """
 
 from __future__ import annotations
@@ -43,14 +42,6 @@ class Dispersion:
     def known(self) -> bool:
         """Whether any arm has replicas to compare."""
         return bool(self.df)
-
-    def log_likelihood(self, spread: float) -> float:
-        """Of the spread ``tau``: each Q is chi-squared, scaled by ``1 + tau^2 information / df``."""
-        total = 0.0
-        for q, df, information in zip(self.q, self.df, self.information):
-            scale = 1 + spread * spread * information / df
-            total -= 0.5 * (df * math.log(scale) + q / scale)
-        return total
 
     def variance_bound(self, confidence: float = 0.9) -> float:
         """Upper confidence bound on the variance ``tau^2``."""
