@@ -14,10 +14,11 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from airflow_mlops.rollout import Guardrail, Judge, Observation, RolloutPolicy, Verdict
+from airflow_mlops.rollout import Guardrail, Judge, Observation, RolloutPolicy
 from tests.support import rivals
-from tests.support.rollout_sim import CELLS, FAULTS, FAULTY_WORLDS, World, faulty, watch
+from tests.support.rollout_sim import CELLS, FAULTS, FAULTY_WORLDS, Noise, World, faulty, watch
 
 LOOKS = 240
 #: Ten guardrails; margins of the means are relative, as those of the rates are.
@@ -30,10 +31,12 @@ GUARDRAILS = (
     Guardrail.score(),
     Guardrail.drift(),
 )
+ERRORS = GUARDRAILS[:1]
 #: Promotes as soon as it can, and gives up with the traffic.
 PROMPT = RolloutPolicy(steps=(10, 100), deadline_seconds=60.0 * LOOKS)
 #: Watches all looks: promotes none, rolls back for harm only.
 PATIENT = RolloutPolicy(steps=(10, 100), bake_seconds=1e6, deadline_seconds=1e7)
+NONE = "none looks"
 RIVALS = ("Kayenta", "Argo", "Flagger")
 
 
@@ -54,9 +57,8 @@ FULL = Runs(cell=80, speed=101, ratio=500, fault=5)
 class Outcome:
     """How one judge's run ended."""
 
-    verdict: Verdict
+    decision: str
     looks: int
-    requests: int
     mismatch: bool
 
 
@@ -68,14 +70,14 @@ def measure(runs: Runs = Runs()) -> list[dict[str, object]]:
 def judged(
     policy: RolloutPolicy, observations: Iterable[Observation], guardrails: Sequence[Guardrail] = GUARDRAILS
 ) -> Outcome:
-    """The judge's last verdict, the minutes and requests until then, and whether the sample ratio was ever wrong."""
+    """The judge's last verdict, the minutes until then, and whether the sample ratio was ever wrong."""
     judge, mismatch = Judge(policy, guardrails), False
     for observation in observations:
         verdict = judge.observe(observation)
         mismatch = mismatch or "sample ratio" in " ".join(verdict.reasons)
         if verdict.final or verdict.decision == "PROMOTE_STEP":
             break
-    return Outcome(verdict, verdict.look - 1, sum(verdict.requests.values()), mismatch)
+    return Outcome(verdict.decision, verdict.look - 1, mismatch)
 
 
 def decided(observations: Iterable[Observation]) -> dict[str, rivals.Decision]:
@@ -98,12 +100,9 @@ def wilson(hits: int, runs: int) -> str:
     return f"{100 * share:.1f} ({100 * max(middle - half, 0):.1f} to {100 * min(middle + half, 1):.1f})"
 
 
-def _row(what: str, ours: object, otherwise: object, goal: str, met: bool, ratio: object = "") -> dict[str, object]:
-    against = "rules of Kayenta, Argo Rollouts and Flagger on the same traffic; ratio: the nearest of them"
-    return {"what": what, "ours": ours, "otherwise": otherwise, "ratio": ratio, "against": against} | {
-        "goal": goal,
-        "met": met,
-    }
+def _row(what: str, ours: object, otherwise: object, goal: str, met: object) -> dict[str, object]:
+    against = "rules of Kayenta, Argo Rollouts and Flagger on the same traffic"
+    return {"what": what, "ours": ours, "otherwise": otherwise, "against": against, "goal": goal, "met": met}
 
 
 def _others(shares: Mapping[str, float]) -> str:
@@ -112,88 +111,69 @@ def _others(shares: Mapping[str, float]) -> str:
 
 def _cells(runs: int) -> list[dict[str, object]]:
     """Equal versions, and one with half as many errors more, in every kind of noise."""
-    rows: dict[str, list[dict[str, object]]] = {"back": [], "promoted": [], "worse": []}
-    mismatches = 0
+    back, worse, promoted, mismatches = [], [], [], 0
     for cell, noise in CELLS.items():
-        patient, prompt, others = [], [], []
-        for seed in range(runs):
-            observations = list(watch(World(noise), seed))
-            patient.append(judged(PATIENT, observations))
-            prompt.append(judged(PROMPT, observations))
-            others.append(decided(observations))
-        worse, others_worse = [], []
-        for seed in range(runs):
-            observations = list(watch(World(noise, {"errors": 1.5}), 10_000 + seed))
-            worse.append(judged(PROMPT, observations))
-            others_worse.append(decided(observations))
-        mismatches += sum(outcome.mismatch for outcome in patient)
-        traffic = f"{cell}, 100 canary requests/min, 10 guardrails, {runs} runs"
-        back = sum(outcome.verdict.decision == "ROLLBACK" for outcome in patient)
-        rows["back"].append(
-            _row(
-                f"equal canary rolled back within {LOOKS} looks, %: {traffic}",
-                wilson(back, runs),
-                _others({name: 100 * sum(not o[name].promoted for o in others) / runs for name in RIVALS}),
-                "<= 5",
-                back <= 0.05 * runs,
-            )
-        )
-        good = [outcome for outcome in prompt if outcome.verdict.decision == "PROMOTE"]
-        median = f", median {statistics.median(o.looks for o in good):.0f} min" if good else ""
-        rows["promoted"].append(
-            _row(
-                f"equal canary promoted within {LOOKS} looks, %: {traffic}",
-                wilson(len(good), runs) + median,
-                _others({name: 100 * sum(o[name].promoted for o in others) / runs for name in RIVALS}),
-                ">= 97",
-                len(good) >= 0.97 * runs,
-            )
-        )
-        bad = sum(outcome.verdict.decision == "PROMOTE" for outcome in worse)
-        rows["worse"].append(
-            _row(
-                f"1.5 times the errors promoted within {LOOKS} looks, %: {traffic}",
-                wilson(bad, runs),
-                _others({name: 100 * sum(o[name].promoted for o in others_worse) / runs for name in RIVALS}),
-                "<= 5",
-                bad <= 0.05 * runs,
-            )
-        )
-    false_alarm = _row(
-        f"sample ratio called wrong though it is right, % of {runs * len(CELLS)} runs of {LOOKS} looks",
-        wilson(mismatches, runs * len(CELLS)),
-        "none looks",
-        "<= 1",
-        mismatches <= 0.01 * runs * len(CELLS),
-    )
-    return [*rows["back"], *rows["worse"], *rows["promoted"], false_alarm]
+        equal = [_equal(noise, seed) for seed in range(runs)]
+        regressed = [_regressed(noise, 10_000 + seed) for seed in range(runs)]
+        mismatches += sum(run["patient"].mismatch for run in equal)
+        traffic = f"{cell}, 100 canary requests/min, {runs} runs"
+        count = sum(run["patient"].decision == "ROLLBACK" for run in equal)
+        what = f"equal canary rolled back within {LOOKS} looks of 10 guardrails, %: {traffic}"
+        back.append(_row(what, wilson(count, runs), _shares(equal, False), "<= 5", count <= 0.05 * runs))
+        count = sum(run["prompt"].decision == "PROMOTE" for run in regressed)
+        what = f"1.5 times the errors promoted within {LOOKS} looks of 10 guardrails, %: {traffic}"
+        worse.append(_row(what, wilson(count, runs), _shares(regressed, True), "<= 5", count <= 0.05 * runs))
+        for judge, guardrails in (("errors", "errors alone"), ("prompt", "10 guardrails")):
+            good = [run[judge].looks for run in equal if run[judge].decision == "PROMOTE"]
+            median = f", median {statistics.median(good):g} min" if good else ""
+            what = f"equal canary promoted within {LOOKS} looks of {guardrails}, %: {traffic}"
+            ours = wilson(len(good), runs) + median
+            promoted.append(_row(what, ours, _shares(equal, True), ">= 97", len(good) >= 0.97 * runs))
+    what = f"sample ratio called wrong though it is right, within {LOOKS} looks, %: {runs * len(CELLS)} runs"
+    wrong = _row(what, wilson(mismatches, runs * len(CELLS)), NONE, "<= 1", mismatches <= 0.01 * runs * len(CELLS))
+    return [*back, *worse, *promoted, wrong]
+
+
+def _equal(noise: Noise, seed: int) -> dict[str, Any]:
+    observations = list(watch(World(noise), seed))
+    return {
+        "patient": judged(PATIENT, observations),
+        "prompt": judged(PROMPT, observations),
+        "errors": judged(PROMPT, observations, ERRORS),
+        **decided(observations),
+    }
+
+
+def _regressed(noise: Noise, seed: int) -> dict[str, Any]:
+    observations = list(watch(World(noise, {"errors": 1.5}), seed))
+    return {"prompt": judged(PROMPT, observations), **decided(observations)}
+
+
+def _shares(runs: Sequence[Mapping[str, Any]], promoted: bool) -> str:
+    """Percent of the runs that the others promoted, or did not."""
+    return _others({name: 100 * sum(run[name].promoted == promoted for run in runs) / len(runs) for name in RIVALS})
 
 
 def _speed(runs: int) -> list[dict[str, object]]:
     """Minutes until a doubling and a fivefold of 0.5 % errors are found."""
     rows = []
     for per_minute, times, goal in ((100, 2, 40), (100, 5, 3), (1000, 2, 5), (1000, 5, 1)):
-        ours, others = [], []
-        looks = LOOKS if times == 2 else 60
+        world = World(worse={"errors": times}, traffic=10 * per_minute, looks=LOOKS if times == 2 else 60)
+        found: dict[str, list[float]] = {name: [] for name in ("errors", "ten", *RIVALS)}
         for seed in range(runs):
-            observations = list(watch(World(worse={"errors": times}, traffic=10 * per_minute, looks=looks), seed))
-            outcome = judged(PATIENT, observations)
-            ours.append(outcome.looks if outcome.verdict.decision == "ROLLBACK" else math.inf)
-            decisions = decided(observations)
-            others.append({name: math.inf if d.promoted else d.after for name, d in decisions.items()})
-        median = statistics.median(ours)
-        medians = {name: statistics.median(other[name] for other in others) for name in RIVALS}
-        missed = sum(math.isinf(minutes) for minutes in ours)
-        rows.append(
-            _row(
-                f"median minutes to find {times} times the errors, {per_minute} canary requests/min, {runs} runs",
-                f"{median:g}" + (f" (not in {missed})" if missed else ""),
-                _others(medians),
-                f"<= {goal}",
-                median <= goal,
-                round(min(medians.values()) / median, 1),
-            )
-        )
+            observations = list(watch(world, seed))
+            for name, guardrails in (("errors", ERRORS), ("ten", GUARDRAILS)):
+                outcome = judged(PATIENT, observations, guardrails)
+                found[name].append(outcome.looks if outcome.decision == "ROLLBACK" else math.inf)
+            for name, decision in decided(observations).items():
+                found[name].append(math.inf if decision.promoted else decision.after)
+        medians = {name: statistics.median(minutes) for name, minutes in found.items()}
+        what = f"median minutes to find {times} times the errors, %s, {per_minute} canary requests/min, {runs} runs"
+        others = _others({name: medians[name] for name in RIVALS}) + " (and equal ones, see above)"
+        rows += [
+            _row(what % "errors alone", f"{medians['errors']:g}", others, f"<= {goal}", medians["errors"] <= goal),
+            _row(what % "10 guardrails", f"{medians['ten']:g}", others, "", ""),
+        ]
     return rows
 
 
@@ -212,14 +192,12 @@ def _sample_ratio(runs: int) -> list[dict[str, object]]:
             found.append(10**9)
     median = statistics.median(found)
     goal = "<= 5000"
-    return [
-        _row(f"median requests to find 8 % for 10 %, {runs} runs", f"{median:g}", "none looks", goal, median <= 5000)
-    ]
+    return [_row(f"median requests to find 8 % for 10 %, {runs} runs", f"{median:g}", NONE, goal, median <= 5000)]
 
 
 def _faults(runs: int) -> list[dict[str, object]]:
     """Promotions although a fault was there from the first look to the last."""
-    sets = {"10 guardrails": GUARDRAILS, "errors alone": GUARDRAILS[:1]}
+    sets = {"10 guardrails": GUARDRAILS, "errors alone": ERRORS}
     versions: dict[str, Mapping[str, float]] = {"equal": {}, "twice the errors": {"errors": 2.0}}
     traffic = World(traffic=10_000, looks=60)
     rows = []
@@ -233,11 +211,11 @@ def _faults(runs: int) -> list[dict[str, object]]:
                 ours += [
                     f"{fault} ({name})"
                     for name, guardrails in sets.items()
-                    if judged(PROMPT, observations, guardrails).verdict.decision == "PROMOTE"
+                    if judged(PROMPT, observations, guardrails).decision == "PROMOTE"
                 ]
                 for name, decision in decided(observations).items():
                     others[name] += [fault] * decision.promoted
-        sound = [judged(PROMPT, watch(world, seed)).verdict.decision for seed in range(runs)]
+        sound = [judged(PROMPT, watch(world, seed)).decision for seed in range(runs)]
         count = runs * len(FAULTS | FAULTY_WORLDS)
         expected = "PROMOTE" if version == "equal" else "ROLLBACK"
         rows.append(
