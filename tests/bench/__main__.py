@@ -9,9 +9,9 @@ import argparse
 import json
 import pathlib
 
-from tests.bench import drift, imports, month, overhead, waiting
+from tests.bench import canary, drift, imports, month, overhead, waiting
 
-PARTS = {"imports": imports, "waiting": waiting, "overhead": overhead, "month": month, "drift": drift}
+PARTS = {"imports": imports, "waiting": waiting, "overhead": overhead, "month": month, "drift": drift, "canary": canary}
 
 
 def main() -> None:
