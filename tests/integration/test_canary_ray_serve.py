@@ -58,7 +58,7 @@ def models(tmp_path_factory):
         model = xgboost.XGBClassifier(n_estimators=20, max_depth=2, random_state=seed, subsample=0.8, n_jobs=1)
         model.fit(frame[FEATURES], label)
         mlflow.xgboost.save_model(model, folder / name, signature=signature, pip_requirements=[])
-    bodies = {"failing": 'assert (model_input["f0"] < 1).all(), "unknown carrier"', "slow": "time.sleep(0.2)"}
+    bodies = {"failing": 'assert (model_input["f0"] < 1).all(), "unknown carrier"', "slow": "time.sleep(1.0)"}
     for name, body in bodies.items():
         script = folder / f"{name}.py"
         script.write_text(SCRIPT.format(body=body))
