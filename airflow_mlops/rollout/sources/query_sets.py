@@ -97,6 +97,14 @@ _ENVOY = 'envoy_cluster_name="{workload}"'
 _RAY = 'application="{name}",deployment="{workload}"'
 _RAY_LATENCY = "ray_serve_deployment_processing_latency_ms"
 _ROUTE = 'route="{name}",version="{version}"'
+ROUTE_COUNTS = ("requests", "errors", "timeouts", "fallbacks")
+
+
+def _route_moments(name: str) -> Metric:
+    parts = {"count": "_count", "sum": "_sum", "squares": "_squares_total"}
+    found = {part: f"mlops_route_{name}{suffix}{{{_ROUTE}}}" for part, suffix in parts.items()}
+    return Metric(MOMENTS, found, "none")
+
 
 QUERY_SETS: Mapping[str, QuerySet] = {
     # kserve/kserve python/kserve/kserve/metrics.py: histograms by model_name and nothing else, so no errors: a failed
@@ -170,14 +178,15 @@ QUERY_SETS: Mapping[str, QuerySet] = {
         },
         replica=("replica",),
     ),
-    # This package's own Ray Serve route, GET /<route>/metrics. It counts by version, not by replica.
+    # This package's own Ray Serve route, GET /<route>/metrics; the label replica is there where a version has several.
     "route": QuerySet(
         {
-            "requests": counter(f"mlops_route_requests_total{{{_ROUTE}}}"),
-            "errors": counter(f"mlops_route_errors_total{{{_ROUTE}}}"),
+            **{name: counter(f"mlops_route_{name}_total{{{_ROUTE}}}") for name in ROUTE_COUNTS},
             "latency": histogram("mlops_route_latency_seconds", _ROUTE),
+            "prediction": histogram("mlops_route_prediction", _ROUTE, "none"),
+            **{name: _route_moments(name) for name in ("log_loss", "brier")},
         },
-        replica=("instance",),
+        replica=("instance", "replica"),
     ),
 }
 
