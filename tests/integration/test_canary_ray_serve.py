@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import pathlib
 import shutil
 import threading
 import time
@@ -86,7 +87,7 @@ def registry(models, _mlflow_template, tmp_path_factory):
     uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(uri, uri)
     client.create_registered_model("flights")
-    for version in ("1", "2"):
+    for version in ("1", "2", "3"):
         assert str(client.create_model_version("flights", str(models / version)).version) == version
     return uri
 
@@ -317,6 +318,87 @@ def test_a_restarted_router_neither_promotes_nor_loses_the_rollout(operator, clu
     assert results and results[0]["verdict"] == "PROMOTE", results
     state = route_state(cluster)
     assert state["boot"] != boot and state["versions"][state["stable"]] == "2"
+
+
+def in_thread(task, run):
+    """Execute a task beside the test; its results."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(task.execute(context(run))))
+    thread.start()
+    return thread, results
+
+
+def test_the_alias_follows_the_traffic_and_one_that_somebody_moved_undoes_it(
+    operator, cluster, traffic, registry, tmp_path
+):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(registry, registry)
+
+    def aliases():
+        return {name: str(v) for name, v in client.get_registered_model("flights").aliases.items()}
+
+    options = {"alias": "champion", "mlflow_tracking_uri": registry, "on_rollback": "return"}
+    client.set_registered_model_alias("flights", "champion", "1")
+    with pytest.raises(
+        AirflowFailException, match="champion of flights is version 1, but this rollout compares with 2"
+    ):
+        operator("3", "2", **options).execute(context("alias of another"))
+
+    client.set_registered_model_alias("flights", "champion", "2")
+    policy = {**POLICY, "min_requests": 60, "steps": [50, 100], "bake_seconds": 3}
+    with traffic("moved-"):
+        thread, results = in_thread(operator("3", "2", policy=policy, **options), "moved")
+        wait_for(cluster, judged(2))
+        client.set_registered_model_alias("flights", "champion", "1")
+        thread.join(300)
+    assert results[0]["verdict"] == "ROLLBACK" and "somebody else moved it" in results[0]["reasons"][0], results
+    state = route_state(cluster)
+    assert state["weight"] == 0 and state["versions"][state["stable"]] == "2" and aliases()["champion"] == "1"
+
+    client.set_registered_model_alias("flights", "champion", "2")
+    report = {"report_dir": str(tmp_path), "experiment": "flights/rollouts"}
+    with traffic("followed-"):
+        result = operator("3", "2", policy=policy, **options, **report).execute(context("followed"))
+    assert result["verdict"] == "PROMOTE" and "history" not in result
+    assert aliases() == {"champion": "3", "previous_champion": "2"}
+    assert "<svg" in pathlib.Path(result["html_uri"]).read_text()
+    assert {file.path for file in client.list_artifacts(result["mlflow_run_id"])} >= {"rollout.html", "rollout.png"}
+    assert [step["weight"] for step in result["steps"]] == [50, 100], "watched at 100 % before the alias moved"
+
+
+@pytest.fixture(scope="module")
+def metrics(ray_cluster, tmp_path_factory):
+    """A real Prometheus that scrapes the route."""
+    from support.prometheus import prometheus
+
+    if shutil.which("prometheus") is None:
+        pytest.skip("Prometheus is missing: install Debian's package prometheus")
+    address = ray_cluster.serve_url.removeprefix("http://")
+    targets = [(address, {"__metrics_path__": "/flights/metrics"})]
+    with prometheus(tmp_path_factory.mktemp("prometheus"), targets) as url:
+        yield {"type": "prometheus", "set": "route", "url": url, "name": "flights"}
+
+
+def test_copies_then_traffic_judged_by_prometheus(operator, cluster, traffic, metrics):
+    policy = {**POLICY, "min_requests": 60, "steps": [0, 50, 100]}
+    with traffic("copies-", until="2") as reports:
+        thread, results = in_thread(operator("2", "3", policy=policy, evidence=metrics, poll_interval=1), "copies")
+        wait_for(cluster, lambda state: state["shadow"])
+        assert route_state(cluster)["weight"] == 0
+        thread.join(300)
+    assert results and results[0]["verdict"] == "PROMOTE", results
+    copies, half = results[0]["steps"]
+    assert copies["weight"] == 0 and min(copies["requests"]) >= 60 and half["weight"] == 50
+    assert reports[0].failed == 0, reports[0].errors
+
+
+def test_a_failing_version_is_rolled_back_by_what_prometheus_saw(operator, cluster, traffic, metrics):
+    options = {"evidence": metrics, "poll_interval": 1, "on_rollback": "return"}
+    with traffic("scraped-", until="failing") as reports:
+        result = operator("failing", "2", **options).execute(context("scraped"))
+    assert result["verdict"] == "ROLLBACK" and "errors: the canary is worse" in result["reasons"][0], result
+    assert route_state(cluster)["weight"] == 0 and reports[0].failed == 0
 
 
 def test_other_applications_are_still_there():
