@@ -276,8 +276,8 @@ class PrometheusSource:
                 if len(found) > 1:
                     raise InvalidInputError(
                         f"the requests of replica {replica!r} are in Prometheus {len(found)} times: "
-                        f"{', '.join(found)}. If it is scraped twice, name one job in a query of your own; if these are different requests, "
-                        f"give the sum yourself: sum by ({', '.join(self._queries.replica)}) (...)"
+                        f"{', '.join(found)}. If it is scraped twice, name one job in a query of your own; if they are "
+                        f"different requests, give the sum yourself: sum by ({', '.join(self._queries.replica)}) (...)"
                     )
 
     def _counters(

@@ -24,10 +24,10 @@ def reader(standin, queries=QUERIES, *, timeout=5.0, headers=None, **options):
     )
 
 
-def both_arms(standin, age=0.0):
+def both_arms(standin, **when):
     for arm, n in (("stable", 900), ("canary", 100)):
-        standin.give(arm, "requests", {"p1": n, "p2": n}, age=age)
-        standin.give(arm, "errors", {"p1": 1, "p2": 2}, age=age)
+        standin.give(arm, "requests", {"p1": n, "p2": n}, **when)
+        standin.give(arm, "errors", {"p1": 1, "p2": 2}, **when)
 
 
 async def look(source, state, offset=0.0):
@@ -191,17 +191,16 @@ async def test_several_series_name_what_to_aggregate_by(standin, target):
 
 
 async def test_the_change_of_weights_waits_for_new_samples(standin, target):
-    now = time.time()
-    both_arms(standin, age=3)
+    now = 1_760_000_000.0
     source = reader(standin, settle=2.0)
-    seen = await source.observe(target(), now)
-    assert "not every replica was scraped since (missing 5" in seen.problem
-    both_arms(standin, age=-1)
-    assert "missing 1" in (await source.observe(target(), now + 1)).problem
-    both_arms(standin, age=-2.5)
-    assert (await source.observe(target(), now + 3)).problem is None
-    both_arms(standin, age=-5)
-    assert "missing" in (await source.observe(target(epoch="2"), now + 6)).problem
+    steps = [("1", 0.0, -3.0, "5.0"), ("1", 1.0, 1.0, "1.0"), ("1", 3.0, 2.5, None), ("2", 6.0, 5.0, "3.0")]
+    for epoch, at, sampled, missing in steps:
+        both_arms(standin, now=now + sampled)
+        seen = await source.observe(target(epoch=epoch), now + at)
+        if missing is None:
+            assert seen.problem is None
+        else:
+            assert f"not every replica was scraped since (missing {missing} s)" in seen.problem and seen.canary is None
 
 
 async def test_one_replica_not_scraped_since_the_change_keeps_all_waiting(standin, target):
