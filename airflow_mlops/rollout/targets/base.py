@@ -63,6 +63,8 @@ class KubernetesTarget(ABC):
     """
 
     kind = ""
+    #: What the Lease is called after: all ways to roll out on one object share it.
+    lease_kind = ""
     shadows = False
     #: Whether only whole percents can be had.
     whole = False
@@ -84,7 +86,7 @@ class KubernetesTarget(ABC):
         self.watchdog = watchdog
         self.ready_timeout, self.weight_timeout, self.poll = ready_timeout, weight_timeout, poll
         self._clock, self._sleep = clock, sleep
-        self.lease = RolloutLease(client, f"rollout-{self.kind}-{name}", namespace, clock=clock, sleep=sleep)
+        self.lease = RolloutLease(client, f"rollout-{self.lease_kind}-{name}", namespace, clock=clock, sleep=sleep)
 
     # What each target does its own way
 

@@ -9,7 +9,8 @@ from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.rollout.targets.base import KubernetesTarget
 from airflow_mlops.rollout.targets.deployers import Deployer, GivenServices, InferenceServices
 from airflow_mlops.rollout.targets.gateway import GatewayRoute
-from airflow_mlops.rollout.targets.kserve import KServeKnative, KServeStandard
+from airflow_mlops.rollout.targets.kserve_knative import KServeKnative
+from airflow_mlops.rollout.targets.kserve_standard import KServeStandard
 from airflow_mlops.rollout.targets.kube import KubernetesClient
 from airflow_mlops.rollout.targets.protocol import Target
 from airflow_mlops.rollout.targets.servable import Resolver, fixed_resolver

@@ -81,6 +81,7 @@ class GatewayRoute(KubernetesTarget):
     """
 
     kind = "gateway"
+    lease_kind = "gateway"
     shadows = True
 
     def __init__(

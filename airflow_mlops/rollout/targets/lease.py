@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
-from airflow_mlops.rollout.targets.book import ENDED
 from airflow_mlops.rollout.targets.kube import LEASE, MANAGED_BY, RACES, KubernetesClient, seconds_of, timestamp
+from airflow_mlops.rollout.targets.protocol import ENDED
 
 ROLLOUT_ANNOTATION = "mlops.airflow.org/rollout"
 TARGET_ANNOTATION = "mlops.airflow.org/target"

@@ -13,7 +13,8 @@ from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.rollout.targets.deployers import GivenServices, InferenceServices
 from airflow_mlops.rollout.targets.factory import target_of
 from airflow_mlops.rollout.targets.gateway import GatewayRoute, weights_of
-from airflow_mlops.rollout.targets.kserve import KServeKnative, KServeStandard
+from airflow_mlops.rollout.targets.kserve_knative import KServeKnative
+from airflow_mlops.rollout.targets.kserve_standard import KServeStandard
 from airflow_mlops.rollout.targets.kube import difference, merged, name_part
 from airflow_mlops.rollout.targets.servable import Servable, predictor, servable_of, storage_uri
 

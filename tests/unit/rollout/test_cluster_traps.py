@@ -161,6 +161,13 @@ async def test_a_model_named_by_its_framework_is_told():
         await target.load("2", uri("2"))
 
 
+async def test_both_modes_of_one_inference_service_refuse_each_other():
+    world = World(KubeApi(), "knative")
+    await world.target().claim(OWNER, 60)
+    with pytest.raises(ConcurrentChangeError, match="holds this target"):
+        await world.target(config={"mode": "standard"}).claim("another", 60)
+
+
 # Standard mode
 
 
