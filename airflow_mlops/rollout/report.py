@@ -15,7 +15,8 @@ from airflow_mlops.rollout.terms import HARM, NO_DATA, OK
 _STYLE = """
 :root{--stable:var(--champion);--canary:var(--challenger)}
 .card{margin:14px 0}.card h3{display:flex;gap:10px;align-items:baseline}.card p{margin-bottom:4px}
-.card{overflow-x:auto}.card svg{margin-top:8px;min-width:760px}h1 .chip{font-size:17px;vertical-align:4px;margin-left:6px}
+.card{overflow-x:auto}.card svg{margin-top:8px;min-width:760px}
+h1 .chip{font-size:17px;vertical-align:4px;margin-left:6px}
 h1,h3,li,td,p{overflow-wrap:anywhere}.wrap{white-space:normal;min-width:22ch}
 """
 _VERDICTS = {

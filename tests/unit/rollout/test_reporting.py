@@ -109,3 +109,17 @@ def test_a_look_that_decides_is_written_others_now_and_then():
 )  # fmt: skip
 def test_numbers_have_units_that_fit(write, value, text):
     assert write(value) == text
+
+
+@pytest.mark.parametrize(
+    ("what", "interval", "shown"),
+    [
+        ("ratio of rates", [0.5, 0.9], True),
+        ("ratio of rates", [0.9, 1.1], False),
+        ("total variation", [0.0, 0.1], False),
+        ("difference of means", [-0.2, -0.1], True),
+    ],
+)
+def test_a_difference_is_shown_when_none_is_not_in_the_interval(what, interval, shown):
+    said = words.effect("value", MEAN, {"effect": what, "estimate": 0.1, "interval": interval, "confidence": 0.95})
+    assert said.endswith("; a difference is shown.") is shown and said.endswith("no difference is shown.") is not shown
