@@ -34,6 +34,8 @@ class DriftEvidence:
     :param state: :meth:`state` of an earlier one
     """
 
+    per_request = False
+
     def __init__(self, guardrail: Guardrail, state: Mapping[str, Any] | None = None) -> None:
         self.guardrail = guardrail
         state = state or {}
@@ -91,9 +93,9 @@ class DriftEvidence:
         """Total variation between what both arms have predicted."""
         return sum(abs(value) for value in self.differences) / (2 * self.weight)
 
-    def _extra(self, terms: Terms) -> float:
-        dispersion = self.witness.dispersion()
-        return max(dispersion.variance_bound(), terms.replica_sd**2 * HOEFFDING) * dispersion.uneven
+    def _extra(self, terms: Terms) -> tuple[float, float]:
+        """Variance of the difference that the replicas make by themselves, for harm and for no inferiority."""
+        return self.witness.dispersion().of_difference(terms.replica_sd * math.sqrt(HOEFFDING))
 
     def _above(self, log_inverse: float, extra: float) -> float:
         """Half-width above the distance, for all sets of groups at once."""
@@ -106,8 +108,8 @@ class DriftEvidence:
         if not witness.usable():
             return {"status": NO_DATA, "stable": None, "canary": None, "values": [n for n, _ in witness.totals]}
         extra, seen = self._extra(terms), self.distance()
-        most = seen + self._above(-math.log(terms.beta), extra)
-        half = radius(witness.pair_variance(), witness.weight, extra, -math.log(terms.alpha), BEST_AT)
+        most = seen + self._above(-math.log(terms.beta), extra[1])
+        half = radius(witness.pair_variance(), witness.weight, extra[0], -math.log(terms.alpha), BEST_AT)
         least = witness.estimate - half
         numbers = {
             "stable": 0.0,
@@ -120,7 +122,7 @@ class DriftEvidence:
         }
         harm, fine = least > guardrail.harm_margin, most < guardrail.margin
         if terms.plan is not None:
-            sd = math.sqrt(witness.pair_variance() / witness.weight + extra)
+            sd = math.sqrt(witness.pair_variance() / witness.weight + extra[0])
             # Of all sets at once there is no planned test: that side keeps its always-valid bound.
             statistics = [((witness.estimate - guardrail.harm_margin) / sd, sd**-2), (0.0, sd**-2)]
             harm, _, planned = self.planned.look(terms.plan, statistics, terms)
@@ -137,11 +139,11 @@ class DriftEvidence:
         if not witness.usable():
             return {"effect": "total variation", "estimate": None, "interval": None}
         extra, half = self._extra(terms), -math.log(terms.beta / 2)
-        least = witness.estimate - radius(witness.pair_variance(), witness.weight, extra, half, BEST_AT)
+        least = witness.estimate - radius(witness.pair_variance(), witness.weight, extra[0], half, BEST_AT)
         return {
             "effect": "total variation",
             "estimate": round(self.distance(), 6),
-            "interval": [round(max(least, 0.0), 6), round(min(self.distance() + self._above(half, extra), 1.0), 6)],
+            "interval": [round(max(least, 0.0), 6), round(min(self.distance() + self._above(half, extra[1]), 1.0), 6)],
             "confidence": 1 - terms.beta,
         }
 

@@ -103,13 +103,14 @@ class PlannedTest:
         """
         fraction = min(plan.fraction, 1.0)
         due = int(fraction * plan.looks + 1e-9) > int((self.fractions or [0.0])[-1] * plan.looks + 1e-9)
-        grown = all(now > (seen or [0.0])[-1] * 1.001 for (_, now), seen in zip(statistics, self.information))
-        if due and grown:
+        if due and all(now > 0 for _, now in statistics):
             self.fractions.append(round(fraction, 6))
             numbers: dict[str, Any] = {"planned_look": len(self.fractions), "sample": round(fraction, 4)}
             for index, (name, error) in enumerate((("harm", terms.alpha), ("ok", terms.beta))):
                 z, information = statistics[index]
-                self.information[index].append(float(f"{information:.7g}"))
+                # What replicas are thought to differ by may have grown since: a look costs all the same.
+                least = self.information[index][-1] * 1.001 if self.information[index] else 0.0
+                self.information[index].append(float(f"{max(information, least):.7g}"))
                 bound = boundaries(tuple(self.information[index]), tuple(self.fractions), error)[-1]
                 self.shown[index] = self.shown[index] or z >= bound
                 numbers |= {f"z_{name}": round(z, 3), f"z_{name}_needed": round(bound, 3)}
@@ -140,13 +141,13 @@ class ScoreTest:
             row[0] = round(row[0] + events[1] - total * chance, 6)
             row[1] = round(row[1] + total * chance * (1 - chance), 6)
 
-    def look(self, plan: Plan, variance: float, terms: Terms) -> tuple[bool, bool, dict[str, Any]]:
+    def look(self, plan: Plan, variances: tuple[float, float], terms: Terms) -> tuple[bool, bool, dict[str, Any]]:
         """See :meth:`PlannedTest.look`.
 
-        :param variance: of the difference that replicas make by themselves, on the logarithm of the ratio
+        :param variances: of the difference that replicas make by themselves, on the logarithm of the ratio
         """
         statistics = []
-        for (score, information), sign in zip(self.sums, (1, -1)):
+        for (score, information), sign, variance in zip(self.sums, (1, -1), variances):
             # Replicas' own effects add information^2 * variance to the score's variance.
             sd = math.sqrt(information + information * information * variance)
             statistics.append((sign * score / sd if sd else 0.0, information / (1 + information * variance)))

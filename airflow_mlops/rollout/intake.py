@@ -147,11 +147,12 @@ class Intake:
         look.routed = (stable, canary)
         return look
 
-    @staticmethod
-    def _add_parts(look: Look, arm: int, replica: int, readings: Sequence[Any], old: Sequence[Any]) -> None:
-        for parts, new, before in zip(look.parts, readings[1:], old[1:]):
+    def _add_parts(self, look: Look, arm: int, replica: int, readings: Sequence[Any], old: Sequence[Any]) -> None:
+        requests = [readings[0] - old[0]]
+        for evidence, parts, new, before in zip(self.evidence.values(), look.parts, readings[1:], old[1:]):
             if new is not None and before is not None:
-                parts[arm].append(Part(replica, [a - b for a, b in zip(new, before)]))
+                values = [a - b for a, b in zip(new, before)]
+                parts[arm].append(Part(replica, requests + values if evidence.per_request else values))
 
 
 def _backwards(readings: Sequence[Any], old: Sequence[Any]) -> bool:

@@ -21,6 +21,8 @@ class MeanEvidence:
     :param state: :meth:`state` of an earlier one
     """
 
+    per_request = False
+
     def __init__(self, guardrail: Guardrail, state: Mapping[str, Any] | None = None) -> None:
         self.guardrail = guardrail
         state = state or {}
@@ -36,9 +38,9 @@ class MeanEvidence:
         """Nothing to fix."""
 
     def reading(self, counters: Mapping[str, Any]) -> list[float] | None:
-        """Cumulative (n, sum, sum of squares) of one replica, to 12 digits."""
+        """Cumulative (n, sum, sum of squares) of one replica, to 10 digits."""
         moments = (counters.get("moments") or {}).get(self.guardrail.metric)
-        return None if moments is None else [moments[0], *(float(f"{value:.12g}") for value in moments[1:])]
+        return None if moments is None else [moments[0], *(float(f"{value:.10g}") for value in moments[1:])]
 
     def add(self, stable: Sequence[Part], canary: Sequence[Part]) -> None:
         """Take in one look of both arms."""
@@ -60,11 +62,9 @@ class MeanEvidence:
             return abs(estimate)
         return -estimate if self.guardrail.higher_is_better else estimate
 
-    def _extra(self, terms: Terms) -> float:
-        """Variance of the difference that the replicas make by themselves."""
-        dispersion = self.difference.dispersion()
-        least = (terms.replica_sd * self.difference.stable_mean) ** 2
-        return max(dispersion.variance_bound(), least) * dispersion.uneven
+    def _extra(self, terms: Terms) -> tuple[float, float]:
+        """Variance of the difference that the replicas make by themselves, for harm and for no inferiority."""
+        return self.difference.dispersion().of_difference(terms.replica_sd * self.difference.stable_mean)
 
     def account(self, terms: Terms) -> dict[str, Any]:
         """Status and numbers at this look."""
@@ -78,8 +78,8 @@ class MeanEvidence:
             for m in (guardrail.harm_margin, guardrail.margin)
         ]
         alpha = terms.alpha / 2 if guardrail.kind == "score" else terms.alpha
-        least = worse - radius(variances[0], difference.weight, extra, -math.log(alpha), BEST_AT)
-        most = worse + radius(variances[1], difference.weight, extra, -math.log(terms.beta), BEST_AT)
+        least = worse - radius(variances[0], difference.weight, extra[0], -math.log(alpha), BEST_AT)
+        most = worse + radius(variances[1], difference.weight, extra[1], -math.log(terms.beta), BEST_AT)
         numbers = {
             "stable": round(difference.totals[0][1] / difference.totals[0][0], 6),
             "canary": round(difference.totals[1][1] / difference.totals[1][0], 6),
@@ -92,7 +92,7 @@ class MeanEvidence:
         if terms.plan is None:
             harm, fine, lost = least > harm_at, most < margin, worse >= margin
         else:
-            sds = [math.sqrt(variance / difference.weight + extra) for variance in variances]
+            sds = [math.sqrt(variance / difference.weight + own) for variance, own in zip(variances, extra)]
             split = Terms(alpha, terms.beta)
             statistics = [((worse - harm_at) / sds[0], sds[0] ** -2), ((margin - worse) / sds[1], sds[1] ** -2)]
             harm, fine, planned = self.planned.look(terms.plan, statistics, split)
@@ -117,7 +117,7 @@ class MeanEvidence:
         if not difference.usable():
             return {"effect": "difference of means", "estimate": None, "interval": None}
         half = radius(
-            difference.pair_variance(), difference.weight, self._extra(terms), -math.log(terms.beta / 2), BEST_AT
+            difference.pair_variance(), difference.weight, max(self._extra(terms)), -math.log(terms.beta / 2), BEST_AT
         )
         estimate = difference.estimate
         return {

@@ -49,7 +49,11 @@ class Step:
     def to_json(self) -> Any:
         """Its weight, or a dictionary when there is more to say."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return self.weight if Step(self.weight) == self else {k: v for k, v in given.items() if v not in (None, False)}
+        return (
+            self.weight
+            if Step(self.weight) == self
+            else {k: v for k, v in given.items() if v is not None and v is not False}
+        )
 
     @classmethod
     def from_json(cls, value: Step | Mapping[str, Any] | float) -> Step:

@@ -20,14 +20,18 @@ import math
 
 import numpy as np
 
-from airflow_mlops.rollout.replicas import SPREADS, Dispersion
+from airflow_mlops.rollout.replicas import FEW, SPREADS, Dispersion
 
-WORSE = ((1.06, 0.01), (1.2, 0.02), (1.65, 0.52), (4.0, 0.42), (12.0, 0.03))
+WORSE = ((1.06, 0.01), (1.2, 0.02), (1.65, 0.49), (4.0, 0.46), (12.0, 0.02))
 BETTER = ((0.1, 0.02), (0.3, 0.04), (0.7, 0.84), (0.8, 0.08), (0.95, 0.02))
-LIKELY_SPREAD = (0.6, 0.1, 0.1, 0.08, 0.07, 0.03, 0.01, 0.005, 0.005)
-CAUTIOUS_SPREAD = (0.32, 0.11, 0.15, 0.15, 0.15, 0.1, 0.04, 0.01, 0.01)
-"""Prior of each of ``SPREADS``; the cautious one is that of a canary that is not acceptable."""
-PRIORS = np.array([LIKELY_SPREAD, LIKELY_SPREAD, LIKELY_SPREAD, CAUTIOUS_SPREAD])
+LIKELY = (0.75, 0.07, 0.06, 0.04, 0.03, 0.03, 0.01, 0.005, 0.005)
+TRUSTING = (0.85, 0.05, 0.04, 0.03, 0.02, 0.008, 0.001, 0.0005, 0.0005)
+CAUTIOUS = (0.35, 0.12, 0.15, 0.13, 0.12, 0.08, 0.03, 0.01, 0.01)
+FEW_REPLICAS = (0.3, 0.1, 0.15, 0.17, 0.2, 0.15, 0.05, 0.02, 0.01)
+"""Priors of each of ``SPREADS``: of the alternatives; of a canary at the harm margin, trusting, as one that is equal
+has that margin to spare and a single bad replica is looked for besides; of one at the margin, cautious, as promoting it
+is what must not happen; and of the latter, weighing more than 1, where so few replicas tell little of their spread."""
+PRIORS = {few: np.array([LIKELY, TRUSTING, LIKELY, FEW_REPLICAS if few else CAUTIOUS]) for few in (False, True)}
 SQUARES = np.array(SPREADS) ** 2
 LADDER = 1.1
 LOG_LADDER = math.log(LADDER)
@@ -99,14 +103,14 @@ class RatioLikelihood:
         if trials[0] <= 0 or trials[1] <= 0 or total == 0:
             return
         logs = self.logs + events[1] * self.points - total * np.log1p(self.ratios * (trials[1] / trials[0]))
-        self.logs = np.round(logs - logs.max(), 4)
+        self.logs = np.round(logs - logs.max(), 3)
 
     def log_e(self, dispersion: Dispersion, least_spread: float = 0.0) -> tuple[float, float]:
         """Evidence of harm, and of no inferiority."""
         sds = _sds(dispersion.known, _rung(dispersion.uneven), least_spread)
         likelihood = np.exp(np.maximum(self.logs, LOWEST))
         sums = (_weights(self.harm, self.margin, sds) @ likelihood).reshape(4, len(sds))
-        priors = PRIORS * _spreads(dispersion) if dispersion.known else np.ones((4, 1))
+        priors = _priors(dispersion)
         # The least representable number stands for a likelihood that is lost to underflow.
         worse, harmless, better, inferior = (math.log(value + 1e-300) for value in (sums * priors).sum(axis=1).tolist())
         return worse - harmless, better - inferior
@@ -119,19 +123,20 @@ class RatioLikelihood:
         likelihood = np.exp(np.maximum(self.logs, LOWEST))
         sds = _sds(dispersion.known, _rung(dispersion.uneven), least_spread)
         cells = [np.array([_cells(self.points, point, sd) for point in self.points]) @ likelihood for sd in sds]
-        prior = PRIORS[3] * _spreads(dispersion) if dispersion.known else np.ones(1)
-        each = prior @ np.array(cells)
+        each = _priors(dispersion)[3] @ np.array(cells)
         mixture = float(_cells(self.points, 0.0, 1.0) @ each)
         inside = np.flatnonzero(each >= min(mixture * alpha, each.max()))
         low, high = max(int(inside[0]) - 1, 0), min(int(inside[-1]) + 1, len(self.points) - 1)
         return float(self.ratios[low]), float(self.ratios[high])
 
 
-def _spreads(dispersion: Dispersion) -> np.ndarray:
-    """Likelihood that the dispersion within the arms gives each spread, at most 1."""
+def _priors(dispersion: Dispersion) -> np.ndarray:
+    """Of each hypothesis, the prior of each spread times the likelihood that the dispersion in the arms gives it."""
+    if not dispersion.known:
+        return np.ones((4, 1))
     logs = np.zeros(len(SPREADS))
     for q, df, information in zip(dispersion.q, dispersion.df, dispersion.information):
         # Q is chi-squared with df degrees of freedom, scaled by 1 + tau^2 information / df.
         scale = 1 + SQUARES * (information / df)
         logs -= 0.5 * (df * np.log(scale) + q / scale)
-    return np.exp(logs - logs.max())
+    return PRIORS[sum(dispersion.df) < FEW] * np.exp(logs - logs.max())

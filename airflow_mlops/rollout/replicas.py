@@ -19,6 +19,8 @@ from statistics import NormalDist
 from typing import Any
 
 SPREADS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.1)
+FEW = 4
+"""Degrees of freedom below which replicas tell little of what they differ by."""
 MAX_REPLICAS = 60
 """Replicas tracked per arm; what comes after counts for the arm, not for its dispersion."""
 
@@ -50,6 +52,17 @@ class Dispersion:
         df, q, information = sum(self.df), sum(self.q), sum(self.information)
         quantile = chi_squared_quantile(1 - confidence, df)
         return max(0.0, (q * df / quantile - df) / information)
+
+    def of_difference(self, least_spread: float) -> tuple[float, float]:
+        """Variance of the arms' difference that is their replicas' own, to hold harm and no inferiority against.
+
+        A few replicas tell little of their spread. Then harm is held against more of it: what cannot be told ends at
+        the deadline, while a bad replica that is taken for a bad model ends the rollout at once.
+        """
+        careful = 0.97 if sum(self.df) < FEW else 0.9
+        least = least_spread * least_spread
+        harm, fine = (max(self.variance_bound(confidence), least) for confidence in (careful, 0.9))
+        return harm * self.uneven, fine * self.uneven
 
     @property
     def variance(self) -> float:
@@ -99,11 +112,11 @@ class ReplicaTallies:
         return {"arms": self.arms}
 
     def add(self, arm: int, replica: int, first: float, second: float) -> None:
-        """Add to a replica's two numbers, which are kept to 7 digits."""
+        """Add to a replica's two numbers, which are kept to 6 digits."""
         if replica >= MAX_REPLICAS:
             return
         rows = self.arms[arm]
         while len(rows) <= replica:
             rows.append([0, 0])
         row = rows[replica]
-        row[0], row[1] = float(f"{row[0] + first:.7g}"), float(f"{row[1] + second:.7g}")
+        row[0], row[1] = float(f"{row[0] + first:.6g}"), float(f"{row[1] + second:.6g}")

@@ -30,6 +30,7 @@ class ShareEvidence:
 
     def __init__(self, guardrail: Guardrail, state: Mapping[str, Any] | None = None) -> None:
         self.guardrail = guardrail
+        self.per_request = guardrail.kind == "rate"
         state = state or {}
         self.likelihood = RatioLikelihood(1 + guardrail.harm_margin, 1 + guardrail.margin, state.get("logs"))
         self.trials = list(state.get("trials", [0, 0]))
@@ -63,14 +64,14 @@ class ShareEvidence:
             self.threshold, self.remark = slow_edge(*histogram, self.guardrail.quantile, self.guardrail.factor)
 
     def reading(self, counters: Mapping[str, Any]) -> list[float] | None:
-        """Cumulative (trials, events) of one replica, as far as it reports them."""
+        """Cumulative (trials, events) of one replica, of a rate the events alone: its trials are the requests."""
         if self.guardrail.kind == "latency":
             if self.threshold is None:
                 return None
             parts = cut(counters, self.guardrail.metric, [self.threshold])
             return None if parts is None else [sum(parts), parts[1]]
         events = counters["counts"].get(self.guardrail.metric)
-        return None if events is None else [counters["counts"]["requests"], events]
+        return None if events is None or events > counters["counts"]["requests"] else [events]
 
     def add(self, stable: Sequence[Part], canary: Sequence[Part]) -> None:
         """Take in one look of both arms."""
@@ -120,17 +121,18 @@ class ShareEvidence:
         rows = self.replicas.arms[1]
         total = sum(expected for _, expected in rows)
         active = [i for i, (_, expected) in enumerate(rows) if expected > 0]
-        if len(active) < 3 or not total or not self.expected:
+        if len(active) < 3:
             return None
-        each = [expected * self.expected / total for _, expected in rows]
+        # Half an event more in stable, so that none at all is no certainty.
+        wanted = self.expected + 0.5 * self.trials[1] / self.trials[0]
+        each = [expected * wanted / total for _, expected in rows]
         worst = max(active, key=lambda i: (rows[i][0] - each[i]) / math.sqrt(each[i]))
-        ratio = self.events[1] / self.expected
-        events, others = self.events[1] - rows[worst][0], self.expected - each[worst]
+        ratio = self.events[1] / wanted
+        events, others = self.events[1] - rows[worst][0], wanted - each[worst]
         if ratio <= 1:
             return None
-        # Any of the replicas could have been the one, so that one is blamed only when the others speak for it.
-        likelier = others * (ratio - 1) - events * math.log(ratio)
-        return worst if likelier > math.log(len(active)) else None
+        # A bad model has to be twice as likely as one bad replica, given the others.
+        return worst if events * math.log(ratio) - others * (ratio - 1) < math.log(2) else None
 
     def account(self, terms: Terms) -> dict[str, Any]:
         """Status and numbers at this look."""
@@ -161,7 +163,7 @@ class ShareEvidence:
         """Evidence that the canary's share is below what is acceptable whatever stable's is."""
         if self.guardrail.tolerance <= 0:
             return -math.inf
-        variance = max(dispersion.variance_bound(), terms.replica_sd**2) * dispersion.uneven
+        variance = dispersion.of_difference(terms.replica_sd)[1]
         bound = self.guardrail.tolerance * math.exp(-2 * math.sqrt(variance))
         return log_e_rate_below(self.events[1], self.trials[1], bound)
 
@@ -184,8 +186,7 @@ class ShareEvidence:
     def _planned_tests(
         self, terms: Terms, plan: Plan, dispersion: Dispersion, below: float
     ) -> tuple[bool, bool, dict[str, Any]]:
-        variance = max(dispersion.variance_bound(), terms.replica_sd**2) * dispersion.uneven
-        harm, ok, numbers = self.planned.look(plan, variance, terms)
+        harm, ok, numbers = self.planned.look(plan, dispersion.of_difference(terms.replica_sd), terms)
         return harm, ok or below >= math.log(1 / terms.beta), numbers
 
     def _harm_of_requests(self, terms: Terms) -> bool:

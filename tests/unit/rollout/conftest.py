@@ -23,7 +23,7 @@ class SimulatedRoute:
     :param ar: how much of one look's shock is left in the next
     :param replicas: of (stable, canary); with one each they have the name ""
     :param pods: standard deviation of the logarithm of each replica's own factor on its error rate
-    :param bad: replica name to a factor on its error rate and on its latency
+    :param bad: replica name to a factor on its error rate, its latency and its loss
     :param true_share: of the canary, when the route does not follow its weight
     :param count: counters of the router itself; without, ``routed`` is None
     """
@@ -102,7 +102,7 @@ class SimulatedRoute:
             old = counters["histograms"][metric]["counts"]
             buckets = np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1)
             counters["histograms"][metric]["counts"] = [a + int(b) for a, b in zip(old, buckets)]
-        losses = self.rng.gamma(1.0, self.loss[arm], n)
+        losses = self.rng.gamma(1.0, self.loss[arm] * self.bad.get(name, 1.0), n)
         for metric, values in (("latency", seconds), ("prediction", scores), ("log_loss", losses)):
             old = counters["moments"][metric]
             new = [old[0] + n, old[1] + float(values.sum()), old[2] + float((values**2).sum())]

@@ -157,6 +157,16 @@ def other_buckets(observation):
     return with_arm(observation, "stable", lambda c: c["histograms"].update(latency={"edges": [1], "counts": [1]}))
 
 
+FROZEN = {}
+
+
+def frozen(observation, arm, index):
+    """What a stale scrape says: new times, old numbers."""
+    if index == 0:
+        FROZEN[arm] = getattr(observation, arm)
+    return dataclasses.replace(observation, **{arm: FROZEN[arm]})
+
+
 FAULTS = {
     "no labels": lambda o, i: no_labels(o),
     "nan": lambda o, i: nan(o),
@@ -170,6 +180,14 @@ FAULTS = {
     "stale": lambda o, i: dataclasses.replace(o, time=1000.0),
     "negative": lambda o, i: with_arm(o, "stable", lambda c: c["counts"].update(errors=-1)),
     "other buckets": lambda o, i: other_buckets(o),
+    "canary's counters stand still": lambda o, i: frozen(o, "canary", i),
+    "both stand still": lambda o, i: frozen(frozen(o, "canary", i), "stable", i),
+    "errors not reported": lambda o, i: with_arm(o, "stable", lambda c: c["counts"].pop("errors")),
+    "more errors than requests": lambda o, i: with_arm(o, "canary", lambda c: c["counts"].update(errors=10**9)),
+    "no arm of the canary": lambda o, i: dataclasses.replace(o, canary={}),
+    "no time": lambda o, i: dataclasses.replace(o, time=math.nan),
+    "another replica every look": lambda o, i: dataclasses.replace(o, canary={f"c-{i}": o.canary[""]}),
+    "text": lambda o, i: with_arm(o, "canary", lambda c: c["counts"].update(errors="3")),
 }
 
 
@@ -183,7 +201,7 @@ def test_faulty_data_never_promotes(route, fault):
         decisions.append(verdict.decision)
         assert verdict.reasons
     assert set(decisions) <= {"HOLD", "ROLLBACK"}
-    if fault != "stale":  # its clock stands still, so the operator's own deadline has to end it
+    if fault not in ("stale", "no time"):  # its clock stands still, so the operator's own deadline has to end it
         assert decisions[-1] == "ROLLBACK"
 
 
