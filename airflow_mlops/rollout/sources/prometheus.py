@@ -148,7 +148,7 @@ class PrometheusSource:
             "canary": state.canary,
             **self._labels,
         }
-        known = getattr(state, "workloads", None) or {}
+        known = state.workloads or {}
         values = {}
         for index, arm in enumerate(ARMS):
             own = {**shared, "arm": arm, "version": shared[arm], "index": str(index)}

@@ -109,6 +109,10 @@ class KubernetesTarget(ABC):
         :param force: also when somebody else has changed it
         """
 
+    def _workload(self, arm: Arm) -> str | None:
+        """The name by which metrics know what serves a version."""
+        return None
+
     async def _crown(self, claim: Claim) -> Books:
         """The canary has all traffic; make it the stable one and return the books of that."""
         return replace(claim.books, stable=claim.books.canary, canary=None, leftover=claim.books.stable)
@@ -143,6 +147,8 @@ class KubernetesTarget(ABC):
         # One that is still coming up has to be loaded again by whoever continues.
         canary = str(books.canary["version"]) if books.canary and books.canary.get("up") else None
         stable = str(books.stable["version"]) if books.stable else reading.stable
+        arms = {"stable": books.stable, "canary": books.canary}
+        known = {side: self._workload(arm) for side, arm in arms.items() if arm}
         return TargetState(
             time=now,
             epoch=f"{claim.number}:{stable}:{canary}:{reading.epoch}",
@@ -154,6 +160,7 @@ class KubernetesTarget(ABC):
             ready=reading.ready,
             rollout=claim.rollout,
             owner=claim.holder if claim.alive(now) else None,
+            workloads={arm: name for arm, name in known.items() if name},
             problem=self._foreign(books, reading) or reading.problem,
         )
 

@@ -109,6 +109,10 @@ class GatewayRoute(KubernetesTarget):
         if abs(weight * FINEST - round(weight * FINEST)) > 1e-9:
             raise InvalidInputError(f"the weight for {self.name} is {weight!r}; expected at most two decimals")
 
+    def _workload(self, arm: Arm) -> str | None:
+        # KServe's pods are called after the InferenceService, whose Service this is.
+        return self.deployer.service(str(arm["version"])).removesuffix("-predictor")
+
     def _service(self, arm: Arm | None) -> str | None:
         return None if arm is None else self.deployer.service(str(arm["version"]))
 

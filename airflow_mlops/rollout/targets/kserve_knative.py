@@ -17,7 +17,7 @@ from airflow_mlops.rollout.targets.base import Reading
 from airflow_mlops.rollout.targets.deployers import load_failure
 from airflow_mlops.rollout.targets.kserve import PERCENT, KServe, predicting
 from airflow_mlops.rollout.targets.kube import ISVC, Object, difference, last_writer, merged, told
-from airflow_mlops.rollout.targets.lease import Books, Claim
+from airflow_mlops.rollout.targets.lease import Arm, Books, Claim
 from airflow_mlops.rollout.targets.servable import version_of
 
 NOTHING = {(0.0, False)}
@@ -46,6 +46,9 @@ class KServeKnative(KServe):
     kind = "kserve-knative"
     mode = "Knative"
     modes = ("Knative", "Serverless")
+
+    def _workload(self, arm: Arm) -> str | None:
+        return arm.get("revision")
 
     def _remembered(self, isvc: Object) -> Object:
         spec = {key: value for key, value in isvc["spec"]["predictor"].items() if key != PERCENT}

@@ -57,6 +57,9 @@ class KServeStandard(KServe):
     def _remembered(self, isvc: Object) -> Object:
         return {"name": isvc["spec"]["predictor"].get("name") or ""}
 
+    def _workload(self, arm: Arm) -> str | None:
+        return (self._service(arm) or "").removesuffix("-predictor")
+
     def _service(self, arm: Mapping[str, Any] | None) -> str | None:
         if arm is None:
             return None

@@ -27,6 +27,8 @@ class TargetState:
     :param counters: arm to replica to cumulative counters, as :class:`~airflow_mlops.rollout.observation.Observation`
         has them, of targets that count themselves; None of others
     :param routed: requests sent to (stable, canary) in this epoch; None where the target does not count
+    :param workloads: arm to the name that metrics know it by: a revision, a Deployment, a Service; None where a
+        version's name is all there is
     :param boot: changes when the counters start anew
     :param problem: why the target does not do what it was asked, for example a route that its gateway refuses
     """
@@ -43,6 +45,7 @@ class TargetState:
     owner: str | None = None
     counters: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None
     routed: tuple[int, int] | None = None
+    workloads: Mapping[str, str] | None = None
     boot: str = ""
     problem: str | None = None
 

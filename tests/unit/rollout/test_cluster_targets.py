@@ -367,3 +367,17 @@ async def test_epochs_change_with_weights_and_versions_only(world):
     second = (await target.state()).epoch
     await target.split("2", 5, note())
     assert len({first, second, (await target.state()).epoch}) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_metrics_know_each_arm_by_a_name_of_its_own(kind):
+    world = World(KubeApi(), kind)
+    state = await (await world.rolling(5)).state()
+    assert state is not None
+    names = {
+        "gateway": ("fraud-v1", "fraud-v2"),
+        "two services": ("fraud-v1", "fraud-v2"),
+        "standard": ("fraud-v1", "fraud-v2"),
+        "knative": ("fraud-predictor-00001", "fraud-predictor-00002"),
+    }
+    assert (state.workloads["stable"], state.workloads["canary"]) == names[kind]
