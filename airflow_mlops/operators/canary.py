@@ -17,7 +17,7 @@ from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError,
 from airflow_mlops.hooks._rollout import RolloutPlace, servables_of
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.hooks.ray_serve import RayServeHook
-from airflow_mlops.links import MlflowRunLink, ReportLink
+from airflow_mlops.links import MlflowRunLink, RolloutReportLink
 from airflow_mlops.operators._canary import (
     Asker,
     ChampionAlias,
@@ -123,7 +123,7 @@ class CanaryPromoteOperator(BaseOperator):
         "experiment",
         "runtime_env",
     )
-    operator_extra_links = (ReportLink(), MlflowRunLink())
+    operator_extra_links = (RolloutReportLink(), MlflowRunLink())
     ui_color = "#f7e2c4"
 
     def __init__(
