@@ -250,6 +250,8 @@ class CanaryPromoteOperator(BaseOperator):
             on_look=LookLog(self.log.info), ask=asker.answer, keep=lambda annotation: _store(context, annotation)
         )
         async with place.open(spec.metrics, worker=True) as (target, source):
+            if target.unattended:
+                self.log.warning(target.unattended)
             champion = self._champion()
             result = await run_rollout(target, source, spec, hands, before=before, finishing=champion is None)
             return await self._settle(target, spec, result) if champion else result

@@ -9,13 +9,13 @@ from airflow_mlops.rollout.judge import Verdict
 
 #: Numbers of a guardrail's account that a look keeps, the first pair that there is.
 EVIDENCE = (("e_harm", "e_ok"), ("worse_by_at_least", "worse_by_at_most"), ("z_harm", "z_ok"))
-_MOST = 120
+_MOST = 60
 #: Decisions that a rollout may repeat look after look.
 _WAITING = ("HOLD", "APPROVE")
 
 
 class History:
-    """A rollout's looks, thinned to at most 120: every second one is dropped as often as needed.
+    """A rollout's looks, thinned to at most 60: every second one is dropped as often as needed.
 
     Looks that decide something are kept.
 

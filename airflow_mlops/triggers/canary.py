@@ -75,6 +75,8 @@ class CanaryTrigger(BaseTrigger):
         try:
             spec = RolloutSpec.from_json(self.spec)
             async with RolloutPlace(**self.place).open(spec.metrics, worker=False) as (target, source):
+                if target.unattended:
+                    self.log.warning(target.unattended)
                 result = await run_rollout(target, source, spec, hands, before=self.before, finishing=self.finishing)
         except _PersonWantedError as wanted:
             verdict = wanted.verdict

@@ -151,6 +151,8 @@ class Route:
     """
 
     shadows = True
+    #: The router itself ends a canary whose lease has run out.
+    unattended: str | None = None
 
     def __init__(
         self,

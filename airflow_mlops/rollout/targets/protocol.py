@@ -61,6 +61,10 @@ class Target(Protocol):
     name: str
     shadows: bool
 
+    @property
+    def unattended(self) -> str | None:
+        """What becomes of a canary that nobody looks at any more, in words; None when it ends by itself."""
+
     async def state(self) -> TargetState | None:
         """Where traffic goes now; None when nothing is deployed."""
 
