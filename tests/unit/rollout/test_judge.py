@@ -267,3 +267,42 @@ def test_readings_without_a_time_do_not_stop_the_deadline(route):
             break
     assert verdict.decision == "ROLLBACK" and "deadline" in verdict.reasons[0]
     json.dumps(judge.state(), allow_nan=False)
+
+
+def shown(route):
+    """A judge to whom everything is shown, so that any good look would be the last, and its route."""
+    world, judge = (
+        route(7, traffic=10_000),
+        Judge(dataclasses.replace(FAST, min_requests=10**6), ["errors", "log_loss"]),
+    )
+    verdicts = world.run(judge, looks=30)
+    assert {account["status"] for account in verdicts[-1].guardrails.values()} == {"ok"}
+    judge.policy = dataclasses.replace(ONE_STEP, min_requests=1)
+    return judge, world
+
+
+def test_with_everything_shown_a_good_look_promotes(route):
+    judge, world = shown(route)
+    assert judge.observe(world.look(10)).decision == "PROMOTE"
+
+
+def test_what_was_shown_is_no_pass_for_a_metric_that_vanished(route):
+    judge, world = shown(route)
+    for _ in range(10):
+        verdict = judge.observe(missing_metric(world.look(10)))
+        assert verdict.decision == "HOLD" and any(
+            "'log_loss' is not reported by the canary" in r for r in verdict.reasons
+        )
+
+
+@pytest.mark.parametrize("arm", ["stable", "canary"])
+def test_what_was_shown_is_no_pass_for_an_arm_that_fell_silent(route, arm):
+    judge, world = shown(route)
+    frozen = getattr(world.look(10), arm)
+    judge.observe(dataclasses.replace(world.look(10), problem="left out"))
+    before = dataclasses.replace(world.look(10), **{arm: frozen})
+    judge.intake.last = None
+    judge.observe(before)
+    for _ in range(3):
+        verdict = judge.observe(dataclasses.replace(world.look(10), **{arm: frozen}))
+        assert verdict.decision == "HOLD" and f"no requests in the {arm} arm since the last look" in verdict.reasons

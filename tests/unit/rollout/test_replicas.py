@@ -154,3 +154,13 @@ def test_a_replica_that_fails_within_what_is_acceptable_is_no_matter(route):
 def test_the_log_names_the_replica(route):
     verdicts = route(1, replicas=(9, 3), traffic=3000, bad={"c-1": 10.0}).run(Judge(POLICY, [ERRORS]), looks=30)
     assert "but for replica c-1" in look_table(verdicts[-1])
+
+
+def test_replicas_that_only_come_are_no_sample_ratio_mismatch(route):
+    world = route(1, replicas=(2, 1), count=False, traffic=5000)
+    judge = Judge(dataclasses.replace(POLICY, min_requests=10**9), [ERRORS])
+    judge.observe(world.look(10))
+    for look in range(6):
+        world.arms[1][f"c-new-{look}"], world.own[f"c-new-{look}"] = world.empty(), 1.0
+        verdict = judge.observe(world.look(10))
+        assert not any("sample ratio" in reason for reason in verdict.reasons)
