@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MOMENTS = ("latency", "prediction", "log_loss", "brier")
-BUCKET_EDGES = tuple(round(0.001 * 1.25**i, 6) for i in range(44))
+LATENCY_EDGES = tuple(round(0.001 * 1.25**i, 6) for i in range(44))
 """Upper edges of the latency histogram in seconds, 1 ms to 14.7 s; one more bucket holds what is slower."""
 
 Counters = Mapping[str, Any]
@@ -90,12 +90,3 @@ def counters_problem(counters: Counters | None) -> str | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f"has unreadable counters ({type(error).__name__}: {error})"
     return None
-
-
-def counters_from_totals(totals: Mapping[str, Any]) -> dict[str, Any]:
-    """:data:`Counters` of what a route's own book counts for one version."""
-    return {
-        "counts": {"requests": totals["requests"], "errors": totals["errors"]},
-        "histograms": {"latency": {"edges": list(BUCKET_EDGES), "counts": list(totals["buckets"])}},
-        "moments": {name: list(totals[name]) for name in MOMENTS},
-    }

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlops.exceptions import DataError, InvalidInputError, MlopsError
-from airflow_mlops.rollout.observation import BUCKET_EDGES, Observation
+from airflow_mlops.rollout.observation import LATENCY_EDGES, Observation
 from airflow_mlops.rollout.sources.log_files import TIME_UNITS, LogFiles
 from airflow_mlops.rollout.sources.protocol import ARMS
 from airflow_mlops.rollout.targets.protocol import TargetState
@@ -78,7 +78,7 @@ class PredictionLogSource:
         label_columns, self._label_values = _label_columns(labels)
         self._check(labels, time_unit, delay, settle, max_remembered, prediction_edges)
         self._path, self._start, self._delay, self._settle = path, start, float(delay), float(settle)
-        self._edges = {"latency": BUCKET_EDGES, "prediction": tuple(map(float, prediction_edges))}
+        self._edges = {"latency": LATENCY_EDGES, "prediction": tuple(map(float, prediction_edges))}
         self._rows = LogFiles(path, self._columns["time"], time_unit=time_unit, grace=grace, open_seconds=delay)
         self._label_columns = label_columns
         self._label_rows = LogFiles(labels["path"], None, grace=grace, open_seconds=delay) if labels else None

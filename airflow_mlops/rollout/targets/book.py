@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError
+from airflow_mlops.rollout.observation import LATENCY_EDGES
 from airflow_mlops.rollout.targets.protocol import ENDED
 
 SLOTS = ("a", "b")
 COUNTS = ("requests", "errors", "timeouts", "fallbacks")
 MOMENTS = ("latency", "prediction", "log_loss", "brier")
-LATENCY_EDGES = tuple(round(0.001 * 1.25**i, 6) for i in range(44))
-"""Upper edges of the latency histogram in seconds, 1 ms to 14.7 s; one more bucket holds what is slower."""
 PREDICTION_EDGES = tuple(round(i / 20, 2) for i in range(1, 20))
 LOSS_CLIP = 1e-6
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from airflow_mlops.rollout import Judge, Observation
-from airflow_mlops.rollout.observation import BUCKET_EDGES
+from airflow_mlops.rollout.observation import LATENCY_EDGES
 
 PREDICTION_EDGES = [round(0.05 * i, 2) for i in range(1, 20)]
 
@@ -60,7 +60,7 @@ class SimulatedRoute:
         return {
             "counts": {"requests": 0, "errors": 0},
             "histograms": {
-                "latency": {"edges": list(BUCKET_EDGES), "counts": [0] * (len(BUCKET_EDGES) + 1)},
+                "latency": {"edges": list(LATENCY_EDGES), "counts": [0] * (len(LATENCY_EDGES) + 1)},
                 "prediction": {"edges": PREDICTION_EDGES, "counts": [0] * (len(PREDICTION_EDGES) + 1)},
             },
             "moments": {name: [0, 0.0, 0.0] for name in ("latency", "prediction", "log_loss")},
@@ -98,7 +98,7 @@ class SimulatedRoute:
         )
         seconds = self.rng.lognormal(math.log(self.latency[arm] * self.bad.get(name, 1.0)), 0.4, n)
         scores = self.rng.normal(self.score[arm], 0.15, n)
-        for metric, values, edges in (("latency", seconds, BUCKET_EDGES), ("prediction", scores, PREDICTION_EDGES)):
+        for metric, values, edges in (("latency", seconds, LATENCY_EDGES), ("prediction", scores, PREDICTION_EDGES)):
             old = counters["histograms"][metric]["counts"]
             buckets = np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1)
             counters["histograms"][metric]["counts"] = [a + int(b) for a, b in zip(old, buckets)]

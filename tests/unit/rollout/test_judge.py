@@ -10,7 +10,7 @@ import math
 import pytest
 
 from airflow_mlops.rollout import Guardrail, Judge, RolloutPolicy
-from airflow_mlops.rollout.observation import BUCKET_EDGES
+from airflow_mlops.rollout.observation import LATENCY_EDGES
 
 FAST = RolloutPolicy(steps=(10, 50, 100), min_requests=100, deadline_seconds=240 * 60)
 ONE_STEP = RolloutPolicy(steps=(10, 100), min_requests=100, deadline_seconds=240 * 60)
@@ -249,7 +249,7 @@ def test_latency_threshold_is_a_multiple_of_stables_quantile(route):
     account = world.run(judge, looks=4)[-1].guardrails["latency"]
     true_p95 = 0.02 * math.exp(0.4 * 1.6449)
     assert 2 * true_p95 <= account["slower_than_seconds"] <= 2 * true_p95 * 1.25**2
-    assert account["slower_than_seconds"] in BUCKET_EDGES
+    assert account["slower_than_seconds"] in LATENCY_EDGES
 
 
 def test_state_survives_json_and_verdicts_have_no_nan(route):
