@@ -21,6 +21,8 @@ from airflow_mlops.rollout.sources import EvidenceSource
 from airflow_mlops.rollout.spec import RolloutSpec, result_of
 from airflow_mlops.rollout.targets.protocol import ENDED, Target, TargetState
 
+#: Seconds for which a target waits at least for a promotion that is decided.
+PROMOTION = 300.0
 T = TypeVar("T")
 
 
@@ -160,15 +162,17 @@ async def run_rollout(
             # First what is to be done, so that whoever continues does that and nothing else.
             decided = {**progress.saved(), "decided": result}
             hands.keep(decided)
+            # A promotion may take longer to be seen than a look does.
+            ttl = max(spec.ttl, PROMOTION) if verdict.decision == PROMOTE else spec.ttl
             with suppress(ExternalSystemError):
-                await target.renew(spec.owner, spec.ttl, decided)
+                await target.renew(spec.owner, ttl, decided)
             return await _conclude(target, spec, result, finishing)
         annotation = progress.saved()
         hands.keep(annotation)
         try:
             await target.renew(spec.owner, spec.ttl, annotation)
             if isinstance(state, TargetState) and not _is_split(state, judge):
-                await _split(target, spec, judge, annotation)
+                await _keeping(target, spec, _split(target, spec, judge, annotation))
         except ExternalSystemError:
             # The next look sees the same trouble and holds; the target's own lease ends the canary meanwhile.
             if await _vanished(target):
@@ -224,6 +228,7 @@ async def prepare(
 
     :return: the rollout under way; or its result, marked as ``done`` when nothing at all is left to do
     """
+    _check_steps(target, spec)
     state = await target.state()
     if state is None and not spec.stable_version:
         await target.deploy(spec.version, spec.uri)
@@ -235,10 +240,10 @@ async def prepare(
     kept = state.rollout or before
     if spec.owns(kept) and kept.get("finished"):
         return {**kept["finished"], "done": True}
-    await source.check(state, hands.clock())
     await target.claim(spec.owner, spec.ttl)
     if spec.continues(kept) and kept.get("decided"):
         return dict(kept["decided"])
+    await source.check(state, hands.clock())
     if state.stable == spec.version:
         reason = "this version already serves all traffic; nothing to compare"
         return _uncompared(spec, spec.stable_version or None, reason)
@@ -252,8 +257,20 @@ async def prepare(
         except InvalidInputError as error:
             verdict = Verdict(ROLLBACK, 0, 0, 0, [f"the challenger could not be loaded: {error}"])
             return result_of(spec, verdict, [], progress.annotation["previous"], 0.0)
-    await _split(target, spec, progress.judge, progress.saved())
+    await _keeping(target, spec, _split(target, spec, progress.judge, progress.saved()))
     return progress
+
+
+def _check_steps(target: Target, spec: RolloutSpec) -> None:
+    """Refuse a plan that the target cannot follow, before anything is loaded."""
+    weights = spec.policy.weights
+    if 0 in weights and not target.shadows:
+        raise InvalidInputError(
+            f"the steps are {list(weights)}, and {target.name} cannot copy requests to a canary that answers nobody; "
+            "begin above 0 %, or roll out on Ray Serve or a Gateway API route"
+        )
+    if target.whole and any(weight != int(weight) for weight in weights):
+        raise InvalidInputError(f"the steps are {list(weights)}, and {target.name} takes whole percents only")
 
 
 def _progress(spec: RolloutSpec, kept: Mapping[str, Any], state: TargetState, hands: Hands) -> _Progress:

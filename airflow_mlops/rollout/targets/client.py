@@ -151,6 +151,7 @@ class Route:
     """
 
     shadows = True
+    whole = False
     #: The router itself ends a canary whose lease has run out.
     unattended: str | None = None
 

@@ -53,6 +53,8 @@ class TargetState:
 class Target(Protocol):
     """One model's traffic. Every call may be repeated: after a lost answer, a retry, by another process.
 
+    ``shadows``: it can copy requests to a canary. ``whole``: it takes whole percents only.
+
     Errors: :class:`~airflow_mlops.exceptions.ConcurrentChangeError` when another rollout holds the target or somebody
     changed it meanwhile, :class:`~airflow_mlops.exceptions.ExternalSystemError` for what a retry may mend,
     :class:`~airflow_mlops.exceptions.InvalidInputError` for what it cannot.
@@ -60,6 +62,7 @@ class Target(Protocol):
 
     name: str
     shadows: bool
+    whole: bool
 
     @property
     def unattended(self) -> str | None:
