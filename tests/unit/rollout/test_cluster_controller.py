@@ -31,7 +31,7 @@ SPEC = RolloutSpec(
     poll_interval=5.0,
     ttl=60.0,
 )
-RUNS = 30
+RUNS = 70
 
 
 class Traffic:
@@ -133,7 +133,7 @@ async def test_killed_at_random_the_verdict_and_the_weights_are_the_same(kind, b
         world, traffic, hands = begin(kind, bad)
         result: dict[str, Any] = {}
         for attempt in range(1, 30):
-            fatal, after = world.client.calls + generator.randint(1, 120), generator.random() < 0.5
+            fatal, after = world.client.calls + generator.randint(1, 90), generator.random() < 0.5
 
             def kill(number: int, done: bool, fatal: int = fatal, after: bool = after, attempt: int = attempt) -> None:
                 if number == fatal and done == after and attempt < 20:
