@@ -1,16 +1,8 @@
 """The verdict on drift between two profiles.
 
 A column has drifted when its effect is at least ``min_effect`` *and* its p-value survives the control of the false
-discovery rate over all columns. The first keeps harmless changes of huge windows silent, the second keeps small windows
-from crying wolf. Two controls, both valid whatever the dependence between columns, both with weights whose mean is 1
-(Blanchard and Roquain, 2008):
-
-``by``
-    Benjamini and Yekutieli (2001).
-``e-bh``
-    e-BH (Wang and Ramdas, 2022) on e-values made of the p-values by the admissible calibrator
-    ``(1 - p + p ln p) / (p (ln p)^2)`` (Vovk and Wang, 2021). Of this window alone: a running maximum of an e-process
-    over windows is no e-value, and nothing is carried over from earlier windows.
+discovery rate over all columns (:mod:`airflow_mlops.drift.discoveries`). The first keeps harmless changes of huge
+windows silent, the second keeps small windows from crying wolf.
 
 The p-values take rows for independent. Where rows hang together (the flights of a day share its weather) they are too
 small, and ``min_effect`` alone keeps a chance difference of few days from being called drift.
@@ -21,118 +13,19 @@ of the ``prediction``, breaks of ``quality``, and what the ``calendar`` explains
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from airflow_mlops.drift import distances
 from airflow_mlops.drift.column import Column
+from airflow_mlops.drift.discoveries import adjust
 from airflow_mlops.drift.limits import DriftPolicy
 from airflow_mlops.drift.profile import Profile
 from airflow_mlops.drift.quality import find_break, lost
+from airflow_mlops.drift.report import ColumnDrift, DriftReport
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
 __all__ = ["ColumnDrift", "DriftPolicy", "DriftReport", "adjust", "compare"]
-
-
-@dataclass(frozen=True)
-class ColumnDrift:
-    """What was found in one column.
-
-    :param name: column
-    :param status: ``drift``, ``calendar`` (changed, as declared or as in the same season of another year),
-        ``uncounted`` (drifted, of weight 0), ``stable``, ``not_enough_data`` or ``broken``
-    :param method: the distance used, see :class:`airflow_mlops.drift.distances.Distance`; None when none could be
-    :param distance: the distance between the two samples
-    :param effect: the distance less what sampling alone gives
-    :param psi: population stability index
-    :param p_value: of no change, not adjusted
-    :param adjusted_p: adjusted for the number and the weights of the columns
-    :param reference: mean (numeric) or number of categories, on the reference
-    :param current: the same on the current data
-    :param missing: share of missing values on both sides
-    :param reason: why, in words
-    :param kind: ``data``, ``prediction``, ``quality`` (broken) or ``calendar``
-    :param weight: importance, 1 on average over the columns of its kind; 0 is shown and never counted
-    :param season_effect: the effect against the same season of another year, where it was asked for
-    """
-
-    name: str
-    status: str
-    method: str | None = None
-    distance: float | None = None
-    effect: float | None = None
-    psi: float | None = None
-    p_value: float | None = None
-    adjusted_p: float | None = None
-    reference: float | None = None
-    current: float | None = None
-    missing: tuple[float, float] = (0.0, 0.0)
-    reason: str = ""
-    kind: str = "data"
-    weight: float = 1.0
-    season_effect: float | None = None
-
-
-@dataclass(frozen=True)
-class DriftReport:
-    """The verdict on a dataset.
-
-    :param verdict: ``drift``, ``stable`` or ``not_enough_data``; a break of quality is never ``stable``
-    :param reasons: why, in words
-    :param columns: one entry for each column, broken and drifted ones first, then by effect
-    :param breaks: column to what broke: missing, new, of another type, all missing, many missing, out of range, stale
-    :param rows: rows of the reference and of the current data
-    :param digests: digests of the two profiles
-    :param policy: the policy used
-    :param kinds: verdict by kind: ``data`` and, where the policy names predictions, ``prediction`` are ``drift``,
-        ``stable`` or ``not_enough_data``; ``quality`` is ``broken`` or ``stable``
-    """
-
-    verdict: str
-    reasons: tuple[str, ...]
-    columns: tuple[ColumnDrift, ...]
-    breaks: dict[str, str]
-    rows: tuple[int, int]
-    digests: tuple[str, str]
-    policy: DriftPolicy
-    kinds: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def drifted(self) -> list[str]:
-        """Names of the drifted columns that count, largest effect first."""
-        return [column.name for column in self.columns if column.status == "drift"]
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON, without NaN."""
-        return {
-            "verdict": self.verdict,
-            "kinds": dict(self.kinds),
-            "reasons": list(self.reasons),
-            "drifted": self.drifted,
-            "columns": [_plain(asdict(column)) for column in self.columns],
-            "breaks": dict(self.breaks),
-            "rows": {"reference": self.rows[0], "current": self.rows[1]},
-            "digests": {"reference": self.digests[0], "current": self.digests[1]},
-            "policy": self.policy.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> DriftReport:
-        """The inverse of :meth:`to_json`."""
-        return cls(
-            value["verdict"],
-            tuple(value["reasons"]),
-            tuple(ColumnDrift(**{**column, "missing": tuple(column["missing"])}) for column in value["columns"]),
-            dict(value["breaks"]),
-            (value["rows"]["reference"], value["rows"]["current"]),
-            (value["digests"]["reference"], value["digests"]["current"]),
-            DriftPolicy.from_json(value["policy"]),
-            dict(value.get("kinds", {})),
-        )
 
 
 def compare(
@@ -292,38 +185,6 @@ def _with_status(column: ColumnDrift, adjusted: float, policy: DriftPolicy) -> C
 _METHOD = {"wasserstein": "wasserstein", "jensenshannon": "js", "psi": "psi", "ks": "ks"}
 
 
-def adjust(p_values: Sequence[float], weights: Sequence[float] | None = None, control: str = "by") -> list[float]:
-    """Adjusted p-values, in the order given: those at most q are the discoveries at false discovery rate q.
-
-    :param p_values: one for each hypothesis; any dependence between them
-    :param weights: above 0, their mean at most 1; all 1 when not given
-    :param control: ``by`` or ``e-bh``
-    """
-    p = np.asarray(p_values, float)
-    count = len(p)
-    if not count:
-        return []
-    with np.errstate(divide="ignore"):
-        inverse = 1 / p if control == "by" else _e_values(p)
-        score = 1 / (inverse * (np.ones(count) if weights is None else np.asarray(weights, float)))
-    order = np.argsort(score, kind="stable")
-    harmonic = np.sum(1.0 / np.arange(1, count + 1)) if control == "by" else 1.0
-    scaled = score[order] * count * harmonic / np.arange(1, count + 1)
-    result = np.empty(count)
-    result[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
-    return result.tolist()
-
-
-def _e_values(p: np.ndarray) -> np.ndarray:
-    """e-values of p-values: the mixture of all ``k p^(k - 1)``, 0 < k < 1."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(p)
-        values = (1 - p + p * logs) / (p * logs**2)
-    # Near 1 the numerator cancels; its series is 1/2 + (1 - p) / 6 there.
-    values = np.where(p > 1 - 1e-4, 0.5 + (1 - p) / 6, values)
-    return np.where(p <= 0, np.inf, values)
-
-
 def _in_season(
     column: ColumnDrift, season: Profile, reference: Profile, current: Profile, policy: DriftPolicy
 ) -> ColumnDrift:
@@ -402,11 +263,3 @@ def _asides(found: list[ColumnDrift], new: list[str], policy: DriftPolicy) -> li
     if unknown := sorted(set(policy.prediction_columns) & set(new)):
         asides.append(f"predictions not judged, the reference has none: {', '.join(unknown)}")
     return asides
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

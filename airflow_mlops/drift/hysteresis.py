@@ -17,9 +17,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from airflow_mlops.drift.compare import ColumnDrift, DriftReport
 from airflow_mlops.drift.harm import HarmReport
 from airflow_mlops.drift.limits import check_ranges, known_fields
+from airflow_mlops.drift.report import ColumnDrift, DriftReport
 from airflow_mlops.exceptions import InvalidInputError
 
 STATE_VERSION = 1

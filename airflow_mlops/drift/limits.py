@@ -59,7 +59,7 @@ class DriftPolicy:
     :param fdr: bound on the expected share of false ones among the columns called drifted; with no drift at all it
         bounds the share of windows that alarm. The default and that of the predictions make 1 % together
     :param control: how ``fdr`` is held: ``by`` (Benjamini and Yekutieli) or ``e-bh``, see
-        :mod:`airflow_mlops.drift.compare`
+        :mod:`airflow_mlops.drift.discoveries`
     :param min_rows: values needed on both sides of a column; fewer is "not enough data"
     :param max_unseen: largest harmless share of values in categories that the reference never had
     :param min_columns: drifted columns that make the dataset drifted

@@ -28,56 +28,27 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
+from airflow_mlops.drift.calibration import METHODS, Calibration, miscalibration
 from airflow_mlops.drift.harm import as_floats, check_forecasts
+from airflow_mlops.drift.metrics import METRICS, expected_metrics
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
+__all__ = [
+    "METHODS",
+    "METRICS",
+    "CalibratedEstimate",
+    "Calibration",
+    "MetricEstimate",
+    "PerformanceEstimate",
+    "expected_metrics",
+]
+
 VERSION = 1
-METRICS = ("auc", "log_loss", "brier", "accuracy", "precision", "recall")
-METHODS = ("none", "platt", "isotonic")
-_CLIP = 1e-6
-_MAX_KNOTS = 200
-_ROWS_PER_KNOT = 20
 _MIN_CHUNK = 50
 _MIN_CHUNKS = 3
-_BINS = 10
 _OUTSIDE = 0.01
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """From scores to probabilities.
-
-    :param method: ``none`` (scores are probabilities), ``platt`` (logistic regression on the score's logit; Platt,
-        1999) or ``isotonic`` (monotone; Zadrozny and Elkan, 2002)
-    :param coefficients: intercept and slope of ``platt``, else empty
-    :param scores: of the knots of ``isotonic``, increasing, at most 200, else empty
-    :param probabilities: at the knots; linear between them, constant beyond
-    """
-
-    method: str
-    coefficients: tuple[float, ...] = ()
-    scores: tuple[float, ...] = ()
-    probabilities: tuple[float, ...] = ()
-
-    @classmethod
-    def fit(cls, method: str, scores: np.ndarray, labels: np.ndarray) -> Calibration:
-        """Fit on scores in [0, 1] and labels 0 or 1."""
-        if method == "platt":
-            return cls(method, coefficients=_platt(_logit(scores), labels))
-        if method == "isotonic":
-            return cls(method, (), *_isotonic(scores, labels))
-        return cls("none")
-
-    def __call__(self, scores: np.ndarray) -> np.ndarray:
-        """The probabilities of label 1."""
-        if self.method == "platt":
-            intercept, slope = self.coefficients
-            return 1 / (1 + np.exp(-(intercept + slope * _logit(scores))))
-        if self.method == "isotonic":
-            return np.interp(scores, self.scores, self.probabilities)
-        return scores
 
 
 @dataclass(frozen=True)
@@ -205,8 +176,8 @@ class CalibratedEstimate:
             chunks=n_chunks,
             reference=reference,
             spread=_spread(unseen[best], s, y, parts, threshold),
-            raw_error=_miscalibration(s, y),
-            error=float(np.mean([_miscalibration(unseen[best][part], y[part]) for part in parts])),
+            raw_error=miscalibration(s, y),
+            error=float(np.mean([miscalibration(unseen[best][part], y[part]) for part in parts])),
             tolerance=float(tolerance),
             lowest=float(s.min()),
             highest=float(s.max()),
@@ -306,7 +277,7 @@ class CalibratedEstimate:
             )
         try:
             return cls(
-                calibration=_calibration(value["calibration"]),
+                calibration=Calibration.from_json(value["calibration"]),
                 rows=_number(value["rows"], 1, kind=int),
                 chunks=_number(value["chunks"], _MIN_CHUNKS, kind=int),
                 reference={name: _number(value["reference"][name]) for name in METRICS if name in value["reference"]},
@@ -320,88 +291,6 @@ class CalibratedEstimate:
             raise InvalidInputError(
                 f"the estimator of performance is damaged ({error!r}); fit it again on the reference"
             ) from error
-
-
-def expected_metrics(p: np.ndarray, s: np.ndarray, threshold: float) -> dict[str, tuple[float | None, float]]:
-    """Each metric's expectation and the variance that the draw of the labels gives it.
-
-    With labels for ``p``, the metrics themselves, without variance.
-
-    :param p: probability of label 1 by row, or the label
-    :param s: the model's score by row, in [0, 1]
-    :param threshold: scores of at least this are predictions of 1
-    :return: name -> (value or None where it is not defined, variance)
-    """
-    noise = p * (1 - p)
-    n = len(p)
-    clipped = np.clip(s, _CLIP, 1 - _CLIP)
-    positive = (s >= threshold).astype(float)
-    ones, called = float(p.sum()), float(positive.sum())
-    hits = float((p * positive).sum())
-    found: dict[str, tuple[float | None, float]] = {"auc": _auc(p, s)}
-    found["log_loss"] = (
-        float(-(p * np.log(clipped) + (1 - p) * np.log1p(-clipped)).mean()),
-        float((noise * _logit(s) ** 2).sum()) / n**2,
-    )
-    found["brier"] = (
-        float((p * (1 - s) ** 2 + (1 - p) * s**2).mean()),
-        float((noise * (1 - 2 * s) ** 2).sum()) / n**2,
-    )
-    found["accuracy"] = float(np.where(positive == 1, p, 1 - p).mean()), float(noise.sum()) / n**2
-    found["precision"] = (hits / called, float((noise * positive).sum()) / called**2) if called else (None, 0.0)
-    recall = hits / ones if ones else None
-    found["recall"] = (
-        (recall, float((noise * (positive - recall) ** 2).sum()) / ones**2) if recall is not None else (None, 0.0)
-    )
-    return found
-
-
-def _auc(p: np.ndarray, s: np.ndarray) -> tuple[float | None, float]:
-    """The expected number of pairs ordered rightly (a tie counts half) over that of pairs of unlike labels."""
-    _, group = np.unique(s, return_inverse=True)
-    ones, zeros = np.bincount(group, p), np.bincount(group, 1 - p)
-    noise = p * (1 - p)
-    # A row makes no pair with itself.
-    pairs = float(ones.sum() * zeros.sum() - noise.sum())
-    if pairs <= 0:
-        return None, 0.0
-    below = np.cumsum(zeros) - zeros / 2
-    above = ones.sum() - np.cumsum(ones) + ones / 2
-    value = float((ones * below).sum() - noise.sum() / 2) / pairs
-    slope = ((below - above)[group] - value * (zeros.sum() - ones.sum())) / pairs
-    return value, float((noise * slope**2).sum())
-
-
-def _logit(scores: np.ndarray) -> np.ndarray:
-    clipped = np.clip(scores, _CLIP, 1 - _CLIP)
-    return np.log(clipped) - np.log1p(-clipped)
-
-
-def _platt(logit: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Intercept and slope of a logistic regression by Newton's method, with a faint pull to no calibration."""
-    design = np.column_stack([np.ones(len(logit)), logit])
-    prior = np.array([0.0, 1.0])
-    beta = prior.copy()
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-design @ beta))
-        gradient = design.T @ (labels - p) - (beta - prior)
-        step = np.linalg.solve((design * (p * (1 - p))[:, None]).T @ design + np.eye(2), gradient)
-        beta = beta + step * min(1.0, 2.0 / float(np.abs(step).max() or 1.0))
-        if np.abs(step).max() < 1e-10:
-            break
-    return float(beta[0]), float(beta[1])
-
-
-def _isotonic(scores: np.ndarray, labels: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Knots of a monotone regression on bins of equally many rows; rows of one score share a bin."""
-    order = np.argsort(scores, kind="stable")
-    x, y = scores[order], labels[order]
-    count = int(np.clip(len(x) // _ROWS_PER_KNOT, 1, _MAX_KNOTS))
-    first = np.searchsorted(x, x, side="left")
-    _, bins = np.unique(first * count // len(x), return_inverse=True)
-    rows = np.bincount(bins).astype(float)
-    heights = optimize.isotonic_regression(np.bincount(bins, y) / rows, weights=rows).x
-    return tuple((np.bincount(bins, x) / rows).tolist()), tuple(np.clip(heights, 0.0, 1.0).tolist())
 
 
 def _reference_rows(scores: Any, labels: Any, n_chunks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -462,31 +351,6 @@ def _spread(
         for name in METRICS
         if len(misses[name]) >= _MIN_CHUNKS
     }
-
-
-def _miscalibration(p: np.ndarray, y: np.ndarray) -> float:
-    """Mean of ``|mean(label) - mean(probability)|`` over ten bins of equally many rows, less what sampling gives."""
-    total = 0.0
-    for rows in np.array_split(np.argsort(p, kind="stable"), _BINS):
-        sampling = math.sqrt(2 / math.pi * float((p[rows] * (1 - p[rows])).sum()))
-        total += abs(float((y[rows] - p[rows]).sum())) - sampling
-    return max(0.0, total / len(p))
-
-
-def _calibration(value: Mapping[str, Any]) -> Calibration:
-    if value["method"] not in METHODS:
-        raise ValueError(f"method is {value['method']!r}")
-    numbers = {name: tuple(float(x) for x in value[name]) for name in ("coefficients", "scores", "probabilities")}
-    calibration = Calibration(value["method"], **numbers)
-    x, y = np.array(calibration.scores), np.array(calibration.probabilities)
-    expected = (2, 0) if calibration.method == "platt" else (0, len(x))
-    if (len(calibration.coefficients), len(x)) != expected or len(x) != len(y) or len(x) > _MAX_KNOTS:
-        raise ValueError("the numbers do not fit the method")
-    if not np.isfinite([*calibration.coefficients, *x, *y]).all() or (calibration.method == "isotonic") != bool(len(x)):
-        raise ValueError("a number is missing or not finite")
-    if len(x) and ((np.diff(x) <= 0).any() or (np.diff(y) < 0).any() or y[0] < 0 or y[-1] > 1):
-        raise ValueError("the calibration is not monotone or leaves [0, 1]")
-    return calibration
 
 
 def _number(value: Any, low: float = 0.0, high: float = math.inf, kind: Any = (int, float)) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from airflow_mlops.drift.compare import ColumnDrift, DriftReport
 from airflow_mlops.drift.page import comparable, names, numbers, together
 from airflow_mlops.drift.profile import Profile, batches, column_names
+from airflow_mlops.drift.report import ColumnDrift, DriftReport
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
 _FIXED = ("columns", "include_tests")

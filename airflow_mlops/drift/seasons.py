@@ -22,7 +22,7 @@ import numpy as np
 
 from airflow_mlops.drift import distances
 from airflow_mlops.drift.column import Column
-from airflow_mlops.drift.compare import adjust
+from airflow_mlops.drift.discoveries import adjust
 from airflow_mlops.drift.limits import MIN_EFFECT
 from airflow_mlops.drift.profile import Profile
 from airflow_mlops.exceptions import DataError, InvalidInputError

@@ -1,21 +1,15 @@
 """Whether a champion's loss has risen, asked again and again as labels arrive late.
 
-:class:`LossTest` bets against "in no cluster of days was the expected loss above the limit", the limit being the
-reference's loss, plus its own uncertainty, plus ``epsilon``. The bettor starts with a capital of 1 and stakes a share
-of it on every cluster's mean loss; were the null true, the capital would be a nonnegative supermartingale, so the
-chance that it *ever* reaches ``1 / alpha`` is at most ``alpha`` (Ville, 1939). One may look after every cluster, for
-ever, and stop at will. Betting: Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting"
-(JRSS B, 2023). A rise of the risk over a reference with its own uncertainty: Podkopaev and Ramdas, "Tracking the risk
-of a deployed model and detecting harmful distribution shifts" (ICLR, 2022).
+:class:`LossTest` bets (:mod:`airflow_mlops.drift.betting`) against "in no cluster of days was the expected loss above
+the limit", the limit being the reference's loss, plus its own uncertainty, plus ``epsilon``. The chance that it *ever*
+calls harm where there is none is at most ``alpha``: one may look after every cluster, for ever, and stop at will. A
+rise of the risk over a reference with its own uncertainty: Podkopaev and Ramdas, "Tracking the risk of a deployed model
+and detecting harmful distribution shifts" (ICLR, 2022).
 
 **Dependence.** Rows of one day hang together, so all rows of a cluster of ``days`` count as one number, their mean;
-what goes on inside a cluster needs no assumption. The bound is exact when the mean of a cluster cannot be foreseen
-from those before it. Where it can (bad weather lasts), three things keep the error near its bound: stakes follow only
-clusters at least seven back, half the capital is staked on one rise fixed beforehand, and gains are discounted by the
-autocorrelation ``r`` of neighbouring clusters, ``capital ** ((1 - r) / (1 + r))``, the ratio of a mean's naive variance
-to its true one. ``r`` is learned, from ``correlation`` downwards and never above it, since a real rise looks like
-autocorrelation too; by Jensen's inequality a discount never breaks the bound. Where clusters correlate by more, or
-weekdays differ, use longer ones, for example ``days=7``.
+what goes on inside a cluster needs no assumption. That neighbouring clusters hang together is allowed for up to an
+autocorrelation of ``correlation``. Where they correlate by more, or weekdays differ, use longer ones, for example
+``days=7``.
 
 **Bounded loss.** Losses are clipped at ``bound``. Clipping only lowers a mean, so the error rate holds against an
 unclipped reference; a rise that comes only from losses above the bound is not seen. A cluster's mean never lies below
@@ -36,133 +30,15 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
-import pandas as pd
 from scipy import stats
 
-from airflow_mlops.drift.harm import Estimate, as_floats
+from airflow_mlops.drift.betting import AT_LIMIT, LEVELS, Capital
+from airflow_mlops.drift.clusters import end_of, sums_by_cluster
+from airflow_mlops.drift.harm import Estimate
 from airflow_mlops.drift.limits import check_ranges
-from airflow_mlops.exceptions import DataError, InvalidInputError
+from airflow_mlops.exceptions import InvalidInputError
 
 VERSION = 1
-#: Levels at which the loss is tested, as multiples of the limit (both measured from the floor).
-_LEVELS = np.arange(14, 39) / 20
-_LIMIT = 6
-_LAG = 7
-_STAKE = 0.9
-_DECAY = 0.5 ** (1 / 20)
-_PRIOR_CLUSTERS = 20.0
-_EPOCH = dt.date(1970, 1, 1).toordinal()
-
-
-@dataclass(frozen=True)
-class Capital:
-    """What the bettors own, and what they know; every field may have leading axes, one entry for each of many tests.
-
-    :param mean: of the losses seen, recent ones weighing more, as of :data:`_LAG` clusters ago
-    :param variance: likewise
-    :param recent: the newest losses, not in ``mean`` yet, oldest first, shape ``(..., up to 6)``
-    :param centre: mean of the losses up to now, from which the autocorrelation is measured
-    :param products: sum of products of neighbouring deviations from it
-    :param squares: sum of their squares
-    :param logs: log capital by bettor and level, shape ``(..., 2, levels)``
-    :param best: highest log of the bettors' mean capital so far by level, shape ``(..., levels)``
-    """
-
-    mean: np.ndarray
-    variance: np.ndarray
-    recent: np.ndarray
-    centre: np.ndarray
-    previous: np.ndarray
-    products: np.ndarray
-    squares: np.ndarray
-    logs: np.ndarray
-    best: np.ndarray
-
-    @classmethod
-    def start(cls, mean: float, variance: float, correlation: float, shape: tuple[int, ...] = ()) -> Capital:
-        """Capital 1 of bettors who expect losses of this mean, variance and autocorrelation."""
-        full = np.full
-        return cls(
-            mean=full(shape, mean),
-            variance=full(shape, variance),
-            recent=np.zeros((*shape, 0)),
-            centre=full(shape, mean),
-            previous=np.zeros(shape),
-            products=full(shape, correlation * _PRIOR_CLUSTERS * variance),
-            squares=full(shape, _PRIOR_CLUSTERS * variance),
-            logs=np.zeros((*shape, 2, len(_LEVELS))),
-            best=np.zeros((*shape, len(_LEVELS))),
-        )
-
-    @property
-    def correlation(self) -> np.ndarray:
-        """Autocorrelation of neighbouring clusters, not below 0."""
-        return np.maximum(self.products / self.squares, 0.0)
-
-    def bet(
-        self, loss: Any, levels: np.ndarray, floor: float, fixed_rise: float, variance: float, correlation: float
-    ) -> Capital:
-        """The capital after a cluster of mean ``loss``; stakes are set before it is looked at.
-
-        :param loss: not below ``floor``, shape of the leading axes
-        :param levels: the losses bet against, above ``floor``
-        :param fixed_rise: the rise over each level that the second bettor always expects
-        :param variance: that the second bettor always expects
-        :param correlation: largest autocorrelation that gains are discounted by
-        """
-        loss = np.asarray(loss, float)
-        learned = self.mean[..., None] - levels
-        edge = np.stack([learned, np.broadcast_to(fixed_rise, learned.shape)], axis=-2)
-        spread = np.stack([self.variance, np.broadcast_to(variance, self.variance.shape)], axis=-1)[..., None]
-        # Kelly's share for small gains; never so much that one cluster at the floor could ruin.
-        stake = np.clip(edge / (spread + edge**2), 0.0, _STAKE / (levels - floor))
-        together = np.minimum(self.correlation, correlation)
-        discount = (1 - together) / (1 + together)
-        gains = np.log1p(stake * (loss[..., None] - levels)[..., None, :])
-        logs = self.logs + discount[..., None, None] * gains
-        best = np.maximum(self.best, np.logaddexp(logs[..., 0, :], logs[..., 1, :]) - math.log(2))
-        deviation = loss - self.centre
-        learned_state = self._learn(np.concatenate([self.recent, loss[..., None]], axis=-1))
-        return replace(
-            self,
-            **learned_state,
-            centre=self.centre + (1 - _DECAY) * deviation,
-            previous=deviation,
-            products=self.products + deviation * self.previous,
-            squares=self.squares + deviation**2,
-            logs=logs,
-            best=best,
-        )
-
-    def _learn(self, recent: np.ndarray) -> dict[str, np.ndarray]:
-        if recent.shape[-1] < _LAG:
-            return {"recent": recent}
-        deviation = recent[..., 0] - self.mean
-        return {
-            "recent": recent[..., 1:],
-            "mean": self.mean + (1 - _DECAY) * deviation,
-            "variance": _DECAY * (self.variance + (1 - _DECAY) * deviation**2),
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """The capital of one test as lists and numbers."""
-        return {name: np.asarray(getattr(self, name)).tolist() for name in self.__dataclass_fields__}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Capital:
-        """The inverse of :meth:`to_json`; :class:`ValueError` for wrong shapes or numbers."""
-        capital = cls(**{name: np.asarray(value[name], float) for name in cls.__dataclass_fields__})
-        shapes = {name: getattr(capital, name).shape for name in cls.__dataclass_fields__}
-        scalars = [shape for name, shape in shapes.items() if name not in ("recent", "logs", "best")]
-        if any(scalars) or shapes["logs"] != (2, len(_LEVELS)) or shapes["best"] != (len(_LEVELS),):
-            raise ValueError(f"shapes {shapes}")
-        if len(shapes["recent"]) != 1 or shapes["recent"][0] >= _LAG:
-            raise ValueError(f"{shapes['recent']} recent losses")
-        if not all(np.isfinite(getattr(capital, name)).all() for name in shapes):
-            raise ValueError("a number is not finite")
-        if capital.variance <= 0 or capital.squares <= 0 or capital.best.min() < 0:
-            raise ValueError("a number is out of range")
-        return capital
 
 
 @dataclass(frozen=True)
@@ -322,7 +198,7 @@ class LossTest:
         matured = matured_until.astimezone(dt.timezone.utc)
         if self.state.matured_until is not None:
             matured = max(matured, dt.datetime.fromisoformat(self.state.matured_until))
-        groups = self._groups(times, losses)
+        groups = sums_by_cluster(times, losses, days=self.days, zone=self.zone, bound=self.bound)
         late = sum(rows for key, (rows, _, _) in groups.items() if self._closed(key))
         waiting = {
             key: {name: value for name, value in batches.items() if name != batch}
@@ -334,47 +210,16 @@ class LossTest:
         state = replace(self.state, matured_until=matured.isoformat(), waiting={})
         left = {}
         for key in sorted(key for key, batches in waiting.items() if batches):
-            if self._end(key) <= matured:
+            if end_of(key, self.days, self.zone) <= matured:
                 state = self._judge(state, key, waiting[key])
             else:
                 left[key] = waiting[key]
         test = replace(self, state=replace(state, waiting=left))
         return test._verdict(late), test
 
-    def _groups(self, times: Any, losses: Any) -> dict[str, tuple[int, int, float]]:
-        """Cluster -> rows, rows with a loss, and the sum of their losses."""
-        values = as_floats(losses)
-        stamps = pd.Series(times).reset_index(drop=True)
-        if len(stamps) != len(values):
-            raise DataError(f"times and losses have {len(stamps)} and {len(values)} rows; they must be of equal length")
-        if not len(stamps):
-            return {}
-        if not isinstance(stamps.dtype, pd.DatetimeTZDtype):
-            raise DataError(f"times are {stamps.dtype}; expected timestamps with one time zone, for example UTC")
-        if stamps.isna().any():
-            raise DataError(f"{int(stamps.isna().sum())} of {len(stamps)} rows have no time; every row needs one")
-        if (values == -math.inf).any():
-            raise DataError("a loss is minus infinity; expected losses that are finite, or plus infinity to be clipped")
-        local = stamps.dt.tz_convert(self.zone).dt.tz_localize(None)
-        day = local.to_numpy("datetime64[D]").astype("int64")
-        first = day // self.days * self.days
-        # In steps of 2**-30, sums up to 2**22 are exact, so the order in which rows and batches come leaves no trace.
-        values = np.round(np.minimum(values, self.bound) * 2**30) / 2**30
-        starts, code = np.unique(first, return_inverse=True)
-        known = ~np.isnan(values)
-        rows = np.bincount(code)
-        labelled = np.bincount(code, known).astype(int)
-        sums = np.bincount(code, np.where(known, values, 0.0))
-        keys = [dt.date.fromordinal(_EPOCH + int(start)).isoformat() for start in starts]
-        return dict(zip(keys, zip(rows.tolist(), labelled.tolist(), sums.tolist())))
-
-    def _end(self, key: str) -> dt.datetime:
-        after = dt.date.fromisoformat(key) + dt.timedelta(days=self.days)
-        return dt.datetime(after.year, after.month, after.day, tzinfo=ZoneInfo(self.zone)).astimezone(dt.timezone.utc)
-
     def _closed(self, key: str) -> bool:
         matured = self.state.matured_until
-        return matured is not None and self._end(key) <= dt.datetime.fromisoformat(matured)
+        return matured is not None and end_of(key, self.days, self.zone) <= dt.datetime.fromisoformat(matured)
 
     def _judge(self, state: LossState, key: str, batches: Mapping[str, tuple[int, int, float]]) -> LossState:
         rows = sum(batch[0] for batch in batches.values())
@@ -387,10 +232,10 @@ class LossTest:
         room = self.limit - self.floor
         variance = max(reference.se**2 * reference.clusters, (0.1 * room) ** 2)
         capital = state.capital or Capital.start(reference.mean, variance, self.correlation)
-        levels = self.floor + room * _LEVELS
+        levels = self.floor + room * LEVELS
         rise = math.sqrt(variance) / 2
         capital = capital.bet(max(mean, self.floor), levels, self.floor, rise, variance, self.correlation)
-        shown = capital.best[_LIMIT] >= math.log(self.needed)
+        shown = capital.best[AT_LIMIT] >= math.log(self.needed)
         return replace(
             state,
             capital=capital,
@@ -409,9 +254,9 @@ class LossTest:
 
     def _verdict(self, late: int) -> LossVerdict:
         state, limit = self.state, self.limit
-        best = state.capital.best if state.capital else np.zeros(len(_LEVELS))
+        best = state.capital.best if state.capital else np.zeros(len(LEVELS))
         exceeded = int(np.argmin([*(best >= math.log(self.needed)), False]))
-        low = self.floor + (limit - self.floor) * float(_LEVELS[exceeded - 1]) if exceeded else self.floor
+        low = self.floor + (limit - self.floor) * float(LEVELS[exceeded - 1]) if exceeded else self.floor
         harmful = state.since is not None
         reasons = []
         if harmful:
@@ -434,7 +279,7 @@ class LossTest:
         return LossVerdict(
             verdict="harm" if harmful else "stable" if enough else "not_enough_data",
             harmful=harmful,
-            evidence=math.exp(min(float(best[_LIMIT]), 700.0)),
+            evidence=math.exp(min(float(best[AT_LIMIT]), 700.0)),
             needed=self.needed,
             looks=state.looks,
             mean=state.total / state.looks if state.looks else None,

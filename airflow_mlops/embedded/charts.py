@@ -89,15 +89,16 @@ def lines(
     return "".join([*parts, "</svg>"])
 
 
-def bars(title: str, labels: Sequence[str], values: Sequence[float | None], *, colour: str) -> str:
+def bars(title: str, labels: Sequence[str], values: Sequence[float | None], *, colour: str, digits: int = 2) -> str:
     """One bar per label, its value above it.
 
     :param colour: name of a CSS variable, without the dashes
+    :param digits: of the values, after the point
     """
     known = [value for value in values if value is not None]
     if not known:
         return '<p class="muted">Nothing is on record yet.</p>'
-    parts, low, high = _frame(title, labels, ticks(0, max(known) * 1.1), 2)
+    parts, low, high = _frame(title, labels, ticks(0, max(known) * 1.1), digits)
     width = min(42.0, (_WIDTH - _LEFT - _RIGHT) / len(labels) * 0.6)
     for index, value in enumerate(values):
         if value is None:
@@ -106,6 +107,6 @@ def bars(title: str, labels: Sequence[str], values: Sequence[float | None], *, c
         parts.append(
             f'<rect x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" height="{_HEIGHT - _BOTTOM - y:.1f}" '
             f'rx="3" fill="var(--{colour})"><title>{escape(labels[index])}: {value:.4f}</title></rect>'
-            f'<text x="{x:.1f}" y="{y - 6:.1f}" class="value" text-anchor="middle">{value:.2f}</text>'
+            f'<text x="{x:.1f}" y="{y - 6:.1f}" class="value" text-anchor="middle">{value:.{digits}f}</text>'
         )
     return "".join([*parts, "</svg>"])

@@ -169,7 +169,7 @@ def _drift_and_loss(months: Sequence[MonthSummary]) -> str:
     frozen = [month.frozen.log_loss if month.frozen else None for month in months]
     first = next((loss for loss in frozen if loss is not None), None)
     drifted = [float(_drifted(month)) if month.champion else None for month in months]
-    counted = charts.bars("drifted columns", labels, drifted, colour="rate")
+    counted = charts.bars("drifted columns", labels, drifted, colour="rate", digits=0)
     loss = charts.lines("log loss of the frozen model", labels, {"frozen": frozen})
     rows = []
     for month, value in zip(months, frozen):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlops import storage
 from airflow_mlops.exceptions import DataError, InvalidInputError
-from airflow_mlops.sensors._drift import number, policy_of, tagged_json
+from airflow_mlops.sensors._drift import Found, number, policy_of, tagged_json
 from airflow_mlops.sensors._drift_state import change
 from airflow_mlops.shell import log_table
 
@@ -98,6 +98,21 @@ def evidence_of(
     if loss_test is not None:
         sequential = _sequential(context, champion, window, reference, frame, columns, loss_test, state_dir)
     return Evidence(harm, estimate, sequential)
+
+
+def verdict_of(found: Found, evidence: Evidence, retrain_on: Collection[str]) -> tuple[str, bool, list[str]]:
+    """The verdict of all together, whether it asks for a training, and why.
+
+    :param retrain_on: what does: ``harm``, ``drift``
+    """
+    drift, harm = found.report, evidence.harm
+    harmful, drifted = evidence.harmful, drift.verdict == "drift"
+    reasons = [f"harm: {reason}" for reason in evidence.reasons]
+    reasons += [f"drift: {reason}" for reason in drift.reasons]
+    retrain = ("harm" in retrain_on and harmful) or ("drift" in retrain_on and drifted and found.drifted)
+    lacking = drift.verdict == "not_enough_data" or (harm is not None and harm.verdict == "not_enough_data")
+    verdict = "harm" if harmful else "drift" if drifted else "not_enough_data" if lacking else "stable"
+    return verdict, retrain, reasons
 
 
 def _estimate(hook: MlflowHook, champion: Any, uri: str, column: str) -> PerformanceEstimate:

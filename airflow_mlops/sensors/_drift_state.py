@@ -41,6 +41,13 @@ def decide(
     )
 
 
+def why_held(held: Decision) -> str:
+    """Why evidence that asks for a training does not get one, in words."""
+    until = f", until {held.until}" if held.until else ""
+    why = held.reason or f"the evidence, {held.score:.3g} times what is tolerated, is below the level to arm"
+    return f"retraining held back{until}: {why}"
+
+
 def change(context: Mapping[str, Any], key: str, uri: str, step: Step) -> Any:
     """Replace a state by what ``step`` makes of it; return its answer.
 

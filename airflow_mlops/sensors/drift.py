@@ -24,10 +24,10 @@ from airflow_mlops.sensors._drift import (
     read_json,
     tagged_json,
 )
-from airflow_mlops.sensors._drift_evidence import Evidence, evidence_of
+from airflow_mlops.sensors._drift_evidence import Evidence, evidence_of, verdict_of
 from airflow_mlops.sensors._drift_ray import profile_by_job
 from airflow_mlops.sensors._drift_report import short, small, to_mlflow, to_prometheus, write_page
-from airflow_mlops.sensors._drift_state import decide
+from airflow_mlops.sensors._drift_state import decide, why_held
 from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail, push_result, require
 from airflow_mlops.triggers.drift import REPORT_SUFFIX, DataReadyTrigger, data_ready
 from airflow_mlops.windows import Window, resolve_window
@@ -332,12 +332,10 @@ class DriftSensor(BaseSensorOperator):
             return self._publish(hook, report_uri, report, "no_champion", True, reasons)
         reference, found = self._drift(hook, champion, self._reference_profile(hook, champion), window, report_uri)
         evidence = self._evidence(context, hook, champion, window)
-        verdict, wanted, reasons = self._decide(found, evidence)
+        verdict, wanted, reasons = verdict_of(found, evidence, self._retrain_on)
         held = self._hold(context, window, model["version"], found, evidence, wanted)
         if held is not None and wanted and not held.retrain:
-            until = f", until {held.until}" if held.until else ""
-            why = held.reason or f"the evidence, {held.score:.3g} times what is tolerated, is below the level to arm"
-            reasons = [f"retraining held back{until}: {why}", *reasons]
+            reasons = [why_held(held), *reasons]
         html_uri = report_uri.removesuffix(REPORT_SUFFIX) + ".html" if self.evidently else None
         if html_uri is not None:
             html_uri = write_page(self.log, html_uri, reference, found, self.current_uri)
@@ -438,19 +436,6 @@ class DriftSensor(BaseSensorOperator):
     @property
     def _state_dir(self) -> str:
         return str(self.report_dir if is_blank(self.state_dir) else self.state_dir)
-
-    def _decide(self, found: Found, evidence: Evidence) -> tuple[str, bool, list[str]]:
-        """The verdict of all together, whether to retrain, and why."""
-        drift, harm = found.report, evidence.harm
-        harmful, drifted = evidence.harmful, drift.verdict == "drift"
-        reasons = [f"harm: {reason}" for reason in evidence.reasons]
-        reasons += [f"drift: {reason}" for reason in drift.reasons]
-        retrain = ("harm" in self._retrain_on and harmful) or (
-            "drift" in self._retrain_on and drifted and found.drifted
-        )
-        lacking = drift.verdict == "not_enough_data" or (harm is not None and harm.verdict == "not_enough_data")
-        verdict = "harm" if harmful else "drift" if drifted else "not_enough_data" if lacking else "stable"
-        return verdict, retrain, reasons
 
     def _limits(self) -> Hysteresis | None:
         from airflow_mlops.drift.hysteresis import Hysteresis

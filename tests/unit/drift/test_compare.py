@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 from airflow_mlops.drift import DriftPolicy, DriftReport, Profile, compare
-from airflow_mlops.drift.compare import adjust
+from airflow_mlops.drift.discoveries import adjust
 from airflow_mlops.drift.distances import between
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
@@ -529,7 +529,7 @@ def test_e_values_are_e_values(rng):
     e = 1 / np.array([adjust([value], control="e-bh")[0] for value in p[:2_000]])
     logs = np.log(p[:2_000])
     np.testing.assert_allclose(e, (1 - p[:2_000] + p[:2_000] * logs) / (p[:2_000] * logs**2), rtol=1e-12)
-    from airflow_mlops.drift.compare import _e_values
+    from airflow_mlops.drift.discoveries import _e_values
 
     values = _e_values(p)
     assert values.mean() <= 1 and (np.diff(values) <= 0).all()

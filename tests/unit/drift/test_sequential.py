@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from airflow_mlops.drift.betting import AT_LIMIT, LEVELS, Capital
 from airflow_mlops.drift.harm import Estimate, log_losses
-from airflow_mlops.drift.sequential import _LEVELS, _LIMIT, Capital, LossTest
+from airflow_mlops.drift.sequential import LossTest
 from airflow_mlops.exceptions import DataError, InvalidInputError
 
 START = pd.Timestamp("2013-01-01", tz="UTC")
@@ -40,8 +41,8 @@ def highest(means, limit=LIMIT, reference=0.40, correlation=0.5):
     capital = Capital.start(reference, DAY_SD**2, correlation, means.shape[:1])
     found = []
     for column in means.T:
-        capital = capital.bet(column, limit * _LEVELS, 0.0, DAY_SD / 2, DAY_SD**2, correlation)
-        found.append(capital.best[:, _LIMIT])
+        capital = capital.bet(column, limit * LEVELS, 0.0, DAY_SD / 2, DAY_SD**2, correlation)
+        found.append(capital.best[:, AT_LIMIT])
     return np.stack(found, axis=1)
 
 
@@ -363,7 +364,7 @@ def test_a_damaged_state_is_refused(rng):
         {"total": math.nan},
         {"capital": None},
         {"capital": {**capital, "logs": capital["logs"][:1]}},
-        {"capital": {**capital, "best": [math.inf] * len(_LEVELS)}},
+        {"capital": {**capital, "best": [math.inf] * len(LEVELS)}},
         {"capital": {**capital, "variance": 0.0}},
         {"capital": {**capital, "recent": [0.4] * 7}},
         {"matured_until": "2013-01-01"},

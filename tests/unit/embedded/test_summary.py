@@ -121,7 +121,9 @@ def test_drift_is_held_against_the_loss_it_came_with(year: list[MonthSummary]) -
     text = told([1, 2, 4, 5, 3], losses)
     assert '<td class="n">+0.1300</td>' in text, "July's loss against April's"
     many = replace(year[1], columns=("x",) * 15, ledger={"drift": {"drifted": 22}})
-    assert '<td class="n">22</td>' in page._drift_and_loss([many]), "the list of the columns ends at fifteen"
+    shown = page._drift_and_loss([many])
+    assert '<td class="n">22</td>' in shown, "the list of the columns ends at fifteen"
+    assert ">22</text>" in shown, "columns are counted in whole numbers"
 
 
 def test_the_page_of_nothing_is_a_page() -> None:
