@@ -153,7 +153,7 @@ def test_a_replica_that_fails_within_what_is_acceptable_is_no_matter(route):
 
 def test_the_log_names_the_replica(route):
     verdicts = route(1, replicas=(9, 3), traffic=3000, bad={"c-1": 10.0}).run(Judge(POLICY, [ERRORS]), looks=30)
-    assert "but for replica c-1" in look_table(verdicts[-1])
+    assert "only with the canary's replica c-1" in look_table(verdicts[-1])
 
 
 def test_replicas_that_only_come_are_no_sample_ratio_mismatch(route):
