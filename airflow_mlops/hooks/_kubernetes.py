@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError, MlopsError
+from airflow_mlops.kubernetes_api import Resource
 
 Object = dict[str, Any]
 Objects = list[dict[str, Any]]
@@ -53,31 +53,6 @@ class Unavailable(ExternalSystemError):
     def __init__(self, message: str, delay: float | None) -> None:
         super().__init__(message)
         self.delay = delay
-
-
-@dataclass(frozen=True)
-class Resource:
-    """A kind of namespaced object: ``Resource("ray.io", "v1", "rayjobs", "RayJob")``; group "" is the core's."""
-
-    group: str
-    version: str
-    plural: str
-    kind: str
-
-    @property
-    def api_version(self) -> str:
-        """As it stands in a manifest."""
-        return f"{self.group}/{self.version}" if self.group else self.version
-
-    @property
-    def api_path(self) -> str:
-        """Where the API of its group is served."""
-        return f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
-
-    def path(self, namespace: str, name: str | None = None, subresource: str | None = None) -> str:
-        """URL path of the collection, of one object, or of a subresource."""
-        parts = [self.plural, name, subresource]
-        return f"{self.api_path}/namespaces/{quote(namespace)}/" + "/".join(quote(part) for part in parts if part)
 
 
 RAYJOB = Resource("ray.io", "v1", "rayjobs", "RayJob")

@@ -5,47 +5,20 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Protocol
-from urllib.parse import quote
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 
 Object = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of namespaced object and where it is served."""
-
-    group: str
-    version: str
-    plural: str
-    kind: str
-
-    @property
-    def api_version(self) -> str:
-        """As it stands in a manifest."""
-        return f"{self.group}/{self.version}" if self.group else self.version
-
-    @property
-    def api_path(self) -> str:
-        """Where the API of its group is served."""
-        return f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
-
-    def path(self, namespace: str, name: str | None = None, subresource: str | None = None) -> str:
-        """URL path of the collection, of one object, or of a subresource."""
-        parts = [self.plural, name, subresource]
-        return f"{self.api_path}/namespaces/{quote(namespace)}/" + "/".join(quote(part) for part in parts if part)
-
-
-ISVC = Kind("serving.kserve.io", "v1beta1", "inferenceservices", "InferenceService")
-HTTPROUTE = Kind("gateway.networking.k8s.io", "v1", "httproutes", "HTTPRoute")
-LEASE = Kind("coordination.k8s.io", "v1", "leases", "Lease")
-JOB = Kind("batch", "v1", "jobs", "Job")
-SERVICE = Kind("", "v1", "services", "Service")
-ENDPOINTSLICE = Kind("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice")
+ISVC = Resource("serving.kserve.io", "v1beta1", "inferenceservices", "InferenceService")
+HTTPROUTE = Resource("gateway.networking.k8s.io", "v1", "httproutes", "HTTPRoute")
+LEASE = Resource("coordination.k8s.io", "v1", "leases", "Lease")
+JOB = Resource("batch", "v1", "jobs", "Job")
+SERVICE = Resource("", "v1", "services", "Service")
+ENDPOINTSLICE = Resource("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice")
 
 #: Tries to change what others change at the same time.
 RACES = 20
@@ -90,7 +63,7 @@ class KubernetesClient(Protocol):
 
 async def ensure(
     client: KubernetesClient,
-    kind: Kind,
+    kind: Resource,
     body: Object,
     namespace: str | None,
     sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
