@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from typing import Any, Protocol
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
+from airflow_mlops.kubernetes_api import Resource
 
 Object = dict[str, Any]
 
