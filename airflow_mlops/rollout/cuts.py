@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -74,11 +75,11 @@ def cut(counters: Mapping[str, Any], metric: str, edges: Sequence[float]) -> lis
     histogram = (counters.get("histograms") or {}).get(metric)
     if not histogram:
         return None
-    own, counts, ends = histogram["edges"], histogram["counts"], []
+    own, counts, ends = histogram["edges"], histogram["counts"], [0]
     for edge in edges:
         index = bisect.bisect_left(own, edge * (1 - 1e-9))
         if index == len(own) or own[index] > edge * (1 + 1e-9) + 1e-12:
             return None
         ends.append(index + 1)
-    starts = [0, *ends]
-    return [sum(counts[a:b]) for a, b in zip(starts, [*ends, len(counts)])]
+    ends.append(len(counts))
+    return [sum(counts[a:b]) for a, b in itertools.pairwise(ends)]

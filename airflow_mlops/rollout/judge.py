@@ -33,7 +33,7 @@ class Judge:
     :param state: :meth:`state` of an earlier judge of the same rollout
     """
 
-    NAMES = ("step", "looks", "started", "step_started", "requests", "step_requests", "ratio", "approvals")
+    NAMES = ("step", "looks", "started", "step_started", "requests", "step_requests", "ratio", "approvals", "now")
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class Judge:
         state = state or {}
         self.step = int(state.get("step", 0))
         self.looks = int(state.get("looks", 0))
+        self.now: float = state.get("now", 0.0)
         self.started: float | None = state.get("started")
         self.step_started: float | None = state.get("step_started")
         self.requests = list(state.get("requests", [0, 0]))
@@ -94,7 +95,8 @@ class Judge:
     def observe(self, observation: Observation) -> Verdict:
         """Judge one more look; observations must come in time order."""
         self.looks += 1
-        now = observation.time
+        # A reading without a time of its own counts as one at the last known time.
+        now = self.now = observation.time if math.isfinite(observation.time) else self.now
         self.started = now if self.started is None else self.started
         self.step_started = now if self.step_started is None else self.step_started
         look = self.intake.take(observation, self.weight, self._baking)

@@ -22,10 +22,10 @@ import numpy as np
 
 from airflow_mlops.rollout.replicas import FEW, SPREADS, Dispersion
 
-WORSE = ((1.06, 0.01), (1.2, 0.02), (1.65, 0.49), (4.0, 0.46), (12.0, 0.02))
+WORSE = ((1.06, 0.01), (1.2, 0.02), (1.65, 0.54), (4.0, 0.41), (12.0, 0.02))
 BETTER = ((0.1, 0.02), (0.3, 0.04), (0.7, 0.84), (0.8, 0.08), (0.95, 0.02))
 LIKELY = (0.75, 0.07, 0.06, 0.04, 0.03, 0.03, 0.01, 0.005, 0.005)
-TRUSTING = (0.85, 0.05, 0.04, 0.03, 0.02, 0.008, 0.001, 0.0005, 0.0005)
+TRUSTING = (0.92, 0.03, 0.02, 0.013, 0.01, 0.005, 0.001, 0.0005, 0.0005)
 CAUTIOUS = (0.35, 0.12, 0.15, 0.13, 0.12, 0.08, 0.03, 0.01, 0.01)
 FEW_REPLICAS = (0.3, 0.1, 0.15, 0.17, 0.2, 0.15, 0.05, 0.02, 0.01)
 """Priors of each of ``SPREADS``: of the alternatives; of a canary at the harm margin, trusting, as one that is equal
@@ -134,9 +134,8 @@ def _priors(dispersion: Dispersion) -> np.ndarray:
     """Of each hypothesis, the prior of each spread times the likelihood that the dispersion in the arms gives it."""
     if not dispersion.known:
         return np.ones((4, 1))
-    logs = np.zeros(len(SPREADS))
-    for q, df, information in zip(dispersion.q, dispersion.df, dispersion.information):
-        # Q is chi-squared with df degrees of freedom, scaled by 1 + tau^2 information / df.
-        scale = 1 + SQUARES * (information / df)
-        logs -= 0.5 * (df * np.log(scale) + q / scale)
+    # Each arm's Q is chi-squared with df degrees of freedom, scaled by 1 + tau^2 information / df.
+    q, df, information = np.array((dispersion.q, dispersion.df, dispersion.information))[:, :, None]
+    scale = 1 + SQUARES * (information / df)
+    logs = -0.5 * (df * np.log(scale) + q / scale).sum(axis=0)
     return PRIORS[sum(dispersion.df) < FEW] * np.exp(logs - logs.max())

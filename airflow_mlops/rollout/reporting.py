@@ -27,12 +27,18 @@ def look_table(verdict: Verdict) -> str:
                 f"harm {account['e_harm']:.3g} of {account['e_harm_needed']:.3g}, "
                 f"no harm {account['e_ok']:.3g} of {account['e_ok_needed']:.3g}"
             )
+        elif "z_ok" in account:
+            evidence = (
+                f"z of harm {account['z_harm']:.3g} of {account['z_harm_needed']:.3g}, "
+                f"of no harm {account['z_ok']:.3g} of {account['z_ok_needed']:.3g}"
+            )
         elif "margin" in account:
             least, most = account["worse_by_at_least"], account["worse_by_at_most"]
             evidence = f"worse by {least:.4g} to {most:.4g}, margin {account['margin']:.4g}"
         else:
             evidence = "-"
         stable, canary = _number(account["stable"]), _number(account["canary"])
+        evidence += f", but for replica {account['culprit']}" if "culprit" in account else ""
         lines.append(f"  {name:<12}{account['status']:<9}{stable:>10}{canary:>10}  {evidence}")
     return "\n".join(lines)
 

@@ -69,7 +69,7 @@ class ShareEvidence:
             if self.threshold is None:
                 return None
             parts = cut(counters, self.guardrail.metric, [self.threshold])
-            return None if parts is None else [sum(parts), parts[1]]
+            return None if parts is None else [parts[0] + parts[1], parts[1]]
         events = counters["counts"].get(self.guardrail.metric)
         return None if events is None or events > counters["counts"]["requests"] else [events]
 
@@ -145,12 +145,13 @@ class ShareEvidence:
         if dispersion.known:
             numbers["replica_spread"] = round(math.sqrt(dispersion.variance), 3)
         worse, fine, evidence = self._tests(terms, dispersion)
-        culprit = self.culprit()
+        intolerable = canary > self.guardrail.tolerance
+        culprit = self.culprit() if intolerable else None
         if culprit is not None and not worse and not self._harm_of_requests(terms):
             culprit = None
         if culprit is not None:
             numbers["culprit"] = culprit
-        harm = worse and canary > self.guardrail.tolerance and culprit is None
+        harm = worse and intolerable and culprit is None
         self.settled = settle(self.settled, harm, fine, evidence.pop("lost"))
         return {"status": self.settled, **numbers, **evidence}
 

@@ -44,18 +44,18 @@ def test_a_worse_canary_is_rolled_back(route, world):
 def test_a_canary_at_the_margin_is_promoted_at_most_at_rate_beta(route):
     guardrails = [Guardrail.errors(margin=0.5, harm_margin=0.5, tolerance=0.0)]
     policy = dataclasses.replace(ONE_STEP, beta=0.2, steps=(50, 100), deadline_seconds=120 * 60)
-    counts = outcomes(route, 100, policy, guardrails, errors=(0.01, 0.015))
-    # Rate 0.2 over 100 runs: more than 0.2 + 3 standard errors would refute it; none at all would mean no power.
-    assert 1 <= counts["PROMOTE"] <= 32
+    counts = outcomes(route, 60, policy, guardrails, errors=(0.01, 0.015))
+    # Rate 0.2 over 60 runs: more than 0.2 + 3 standard errors would refute it; none at all would mean no power.
+    assert 1 <= counts["PROMOTE"] <= 21
 
 
 def test_a_canary_at_the_harm_margin_is_rolled_back_early_at_most_at_rate_alpha(route):
     policy = dataclasses.replace(ONE_STEP, alpha=0.2, beta=1e-12, steps=(50, 100), deadline_seconds=10**9)
     early = 0
-    for seed in range(100):
+    for seed in range(60):
         judge = Judge(policy, [Guardrail.errors(margin=1.0, harm_margin=0.25, tolerance=0.0)])
         early += route(seed, errors=(0.01, 0.0125)).run(judge, looks=120)[-1].decision == "ROLLBACK"
-    assert 1 <= early <= 32
+    assert 1 <= early <= 21
 
 
 def test_errors_below_the_tolerance_are_no_harm(route):
@@ -255,3 +255,54 @@ def test_latency_threshold_is_a_multiple_of_stables_quantile(route):
 def test_state_survives_json_and_verdicts_have_no_nan(route):
     for verdict in route(4).run(Judge(FAST, ["errors", "latency", "log_loss", "score"])):
         json.dumps(verdict.to_json(), allow_nan=False)
+
+
+def test_readings_without_a_time_do_not_stop_the_deadline(route):
+    world, judge = route(7), Judge(dataclasses.replace(FAST, deadline_seconds=600), ["errors"])
+    judge.observe(dataclasses.replace(world.look(10), time=math.nan))
+    for _ in range(12):
+        verdict = judge.observe(dataclasses.replace(world.look(10), problem="connection refused"))
+        judge.observe(dataclasses.replace(world.look(10), time=math.nan))
+        if verdict.final:
+            break
+    assert verdict.decision == "ROLLBACK" and "deadline" in verdict.reasons[0]
+    json.dumps(judge.state(), allow_nan=False)
+
+
+def shown(route):
+    """A judge to whom everything is shown, so that any good look would be the last, and its route."""
+    world, judge = (
+        route(7, traffic=10_000),
+        Judge(dataclasses.replace(FAST, min_requests=10**6), ["errors", "log_loss"]),
+    )
+    verdicts = world.run(judge, looks=30)
+    assert {account["status"] for account in verdicts[-1].guardrails.values()} == {"ok"}
+    judge.policy = dataclasses.replace(ONE_STEP, min_requests=1)
+    return judge, world
+
+
+def test_with_everything_shown_a_good_look_promotes(route):
+    judge, world = shown(route)
+    assert judge.observe(world.look(10)).decision == "PROMOTE"
+
+
+def test_what_was_shown_is_no_pass_for_a_metric_that_vanished(route):
+    judge, world = shown(route)
+    for _ in range(10):
+        verdict = judge.observe(missing_metric(world.look(10)))
+        assert verdict.decision == "HOLD" and any(
+            "'log_loss' is not reported by the canary" in r for r in verdict.reasons
+        )
+
+
+@pytest.mark.parametrize("arm", ["stable", "canary"])
+def test_what_was_shown_is_no_pass_for_an_arm_that_fell_silent(route, arm):
+    judge, world = shown(route)
+    frozen = getattr(world.look(10), arm)
+    judge.observe(dataclasses.replace(world.look(10), problem="left out"))
+    before = dataclasses.replace(world.look(10), **{arm: frozen})
+    judge.intake.last = None
+    judge.observe(before)
+    for _ in range(3):
+        verdict = judge.observe(dataclasses.replace(world.look(10), **{arm: frozen}))
+        assert verdict.decision == "HOLD" and f"no requests in the {arm} arm since the last look" in verdict.reasons

@@ -11,6 +11,7 @@ import pytest
 
 from airflow_mlops.rollout import Guardrail, Judge, RolloutPolicy
 from airflow_mlops.rollout.replicas import chi_squared_quantile, dispersion_of
+from airflow_mlops.rollout.reporting import look_table
 
 POLICY = RolloutPolicy(steps=(10, 100), deadline_seconds=120 * 60)
 ERRORS, LATENCY, LOSS = Guardrail.errors(tolerance=0.0), Guardrail.latency(), Guardrail.loss()
@@ -140,3 +141,26 @@ def test_state_is_small_with_many_replicas_and_guardrails(route):
     for _ in range(60):
         judge.observe(world.look(10))
     assert len(json.dumps(judge.state())) < 32_000
+
+
+def test_a_replica_that_fails_within_what_is_acceptable_is_no_matter(route):
+    guardrail = Guardrail.errors(tolerance=0.05)
+    for seed in range(3):
+        world = route(seed, replicas=(9, 3), traffic=3000, bad={"c-1": 8.0})
+        for verdict in world.run(Judge(POLICY, [guardrail]), looks=40):
+            assert verdict.decision != "ROLLBACK" and not any("worse only" in reason for reason in verdict.reasons)
+
+
+def test_the_log_names_the_replica(route):
+    verdicts = route(1, replicas=(9, 3), traffic=3000, bad={"c-1": 10.0}).run(Judge(POLICY, [ERRORS]), looks=30)
+    assert "but for replica c-1" in look_table(verdicts[-1])
+
+
+def test_replicas_that_only_come_are_no_sample_ratio_mismatch(route):
+    world = route(1, replicas=(2, 1), count=False, traffic=5000)
+    judge = Judge(dataclasses.replace(POLICY, min_requests=10**9), [ERRORS])
+    judge.observe(world.look(10))
+    for look in range(6):
+        world.arms[1][f"c-new-{look}"], world.own[f"c-new-{look}"] = world.empty(), 1.0
+        verdict = judge.observe(world.look(10))
+        assert not any("sample ratio" in reason for reason in verdict.reasons)
