@@ -128,7 +128,8 @@ def _cells(runs: int) -> list[dict[str, object]]:
             median = f", median {statistics.median(good):g} min" if good else ""
             what = f"equal canary promoted within {LOOKS} looks of {guardrails}, %: {traffic}"
             ours = wilson(len(good), runs) + median
-            promoted.append(_row(what, ours, _shares(equal, True), ">= 97", len(good) >= 0.97 * runs))
+            goal = (">= 97", len(good) >= 0.97 * runs) if not noise.replicas else ("", "")
+            promoted.append(_row(what, ours, _shares(equal, True), *goal))
     what = f"sample ratio called wrong though it is right, within {LOOKS} looks, %: {runs * len(CELLS)} runs"
     wrong = _row(what, wilson(mismatches, runs * len(CELLS)), NONE, "<= 1", mismatches <= 0.01 * runs * len(CELLS))
     return [*back, *worse, *promoted, wrong]
@@ -197,38 +198,30 @@ def _sample_ratio(runs: int) -> list[dict[str, object]]:
 
 def _faults(runs: int) -> list[dict[str, object]]:
     """Promotions although a fault was there from the first look to the last."""
-    sets = {"10 guardrails": GUARDRAILS, "errors alone": ERRORS}
-    versions: dict[str, Mapping[str, float]] = {"equal": {}, "twice the errors": {"errors": 2.0}}
-    traffic = World(traffic=10_000, looks=60)
     rows = []
-    for version, worse in versions.items():
-        world = replace(traffic, worse=worse)
-        ours: list[str] = []
-        others: dict[str, list[str]] = {name: [] for name in RIVALS}
-        for fault in [*FAULTS, *FAULTY_WORLDS]:
-            for seed in range(runs):
-                observations = list(faulty(world, seed, fault))
-                ours += [
-                    f"{fault} ({name})"
-                    for name, guardrails in sets.items()
-                    if judged(PROMPT, observations, guardrails).decision == "PROMOTE"
-                ]
-                for name, decision in decided(observations).items():
-                    others[name] += [fault] * decision.promoted
-        sound = [judged(PROMPT, watch(world, seed)).decision for seed in range(runs)]
-        count = runs * len(FAULTS | FAULTY_WORLDS)
-        expected = "PROMOTE" if version == "equal" else "ROLLBACK"
-        rows.append(
-            _row(
-                f"{version}, promoted despite a fault, of {count} runs (x 2 for ours: ten guardrails, one); "
-                f"without one {expected} in {sound.count(expected)} of {runs}",
-                len(ours),
-                _others({name: len(faults) for name, faults in others.items()}),
-                "0",
-                not ours and sound.count(expected) == runs,
-            )
-            | {"promoted": {"ours": sorted(set(ours)), **{n: sorted(set(f)) for n, f in others.items()}}}
+    for version, worse, expected in (("equal", {}, "PROMOTE"), ("twice the errors", {"errors": 2.0}, "ROLLBACK")):
+        promoted: dict[str, list[str]] = {name: [] for name in ("ours", *RIVALS)}
+        sound: list[str] = []
+        for replicas in (1, 10):
+            world = World(worse=worse, traffic=10_000, looks=60, replicas=replicas)
+            sound += [judged(PROMPT, watch(world, seed)).decision for seed in range(runs)]
+            for fault in [*FAULTS, *FAULTY_WORLDS]:
+                for seed in range(runs):
+                    observations = list(faulty(world, seed, fault))
+                    ours = [judged(PROMPT, observations, guardrails).decision for guardrails in (GUARDRAILS, ERRORS)]
+                    promoted["ours"] += [fault] * ("PROMOTE" in ours)
+                    for name, decision in decided(observations).items():
+                        promoted[name] += [fault] * decision.promoted
+        right = sound.count(expected)
+        what = (
+            f"promoted with a fault throughout: {version}, {len(FAULTS | FAULTY_WORLDS)} faults, 1 and 10 replicas, "
+            f"{runs * 2 * len(FAULTS | FAULTY_WORLDS)} runs of 10 guardrails and of errors alone; "
+            f"{expected} without a fault: {right} of {len(sound)}"
         )
+        ours_text = str(len(promoted["ours"])) + "".join(f", {fault}" for fault in sorted(set(promoted["ours"])))
+        others = _others({name: len(promoted[name]) for name in RIVALS})
+        row = _row(what, ours_text, others, "0", not promoted["ours"] and right == len(sound))
+        rows.append(row | {"promoted": {name: sorted(set(faults)) for name, faults in promoted.items()}})
     return rows
 
 
