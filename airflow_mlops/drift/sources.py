@@ -21,6 +21,8 @@ from airflow_mlops import storage
 from airflow_mlops.exceptions import DataError, ExternalSystemError
 
 _UNIT_ROWS = 1 << 20
+# More for each value than this are the values themselves and not their places in a dictionary.
+_INDEX_BYTES = 8
 _BATCH_ROWS = 1 << 16
 _PARQUET, _CSV = (".parquet", ".pq"), (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error)
@@ -121,11 +123,22 @@ class ParquetUnit(Unit):
         if not storage.is_local(self.uri):  # one request for all columns, not one for each
             yield from super().arrays(columns)
             return
-        texts = [field.name for field in self.schema if pa.types.is_string(field.type)]
-        with reading(self.uri), _parquet(self.uri, texts) as file:
+        with reading(self.uri), _parquet(self.uri) as file:
+            dictionaries = self._dictionaries(file.metadata, columns)
+        with reading(self.uri), _parquet(self.uri, dictionaries) as file:
             for name in columns:
                 for batch in self._read(file, [name], _UNIT_ROWS):
                     yield name, batch.column(0)
+
+    def _dictionaries(self, metadata: Any, columns: Sequence[str]) -> list[str]:
+        """The columns of text of which the file holds every value but once: to read them as such costs less."""
+        texts = {name for name in columns if pa.types.is_string(self.schema.field(name).type)}
+        if not texts or self.first == self.last:
+            return []
+        group = metadata.row_group(self.first)
+        chunks = (group.column(i) for i in range(group.num_columns))
+        small = {c.path_in_schema for c in chunks if c.total_uncompressed_size < _INDEX_BYTES * c.num_values}
+        return sorted(texts & small)
 
     def _read(self, file: Any, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
         groups = range(self.first, self.last)
