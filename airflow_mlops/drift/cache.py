@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from airflow_mlops import storage
 from airflow_mlops.drift.profile import VERSION, Profile
-from airflow_mlops.drift.sources import list_uris
-from airflow_mlops.exceptions import DataError, InvalidInputError
+from airflow_mlops.drift.sources import list_uris, reading
+from airflow_mlops.exceptions import InvalidInputError
 
 _BLOCK = 1 << 22
 
@@ -64,10 +64,7 @@ def _file_digest(uri: str) -> str:
     import fsspec
 
     digest = hashlib.blake2b(digest_size=32)
-    try:
-        with fsspec.open(uri, "rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"cannot read {uri}: {error}") from error
+    with reading(uri), fsspec.open(uri, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
     return digest.hexdigest()

@@ -187,8 +187,8 @@ def _estimate_table(report: PerformanceEstimate) -> str:
 def read_predictions(uri: str, columns: list[str]) -> Any:
     """The predictions as a ``pandas.DataFrame``; ``event_timestamp`` in UTC."""
     import pandas as pd
-    import pyarrow as pa
 
+    from airflow_mlops.drift.page import together
     from airflow_mlops.drift.profile import batches, column_names
 
     wanted = ["event_timestamp", *columns]
@@ -198,7 +198,7 @@ def read_predictions(uri: str, columns: list[str]) -> Any:
             f"{uri} lacks {', '.join(absent)}; it has {', '.join(present)}. Set label_column and prediction_column."
         )
     found = list(batches(uri, wanted))
-    frame = pa.Table.from_batches(found).to_pandas() if found else pd.DataFrame(columns=wanted)
+    frame = together(found).to_pandas() if found else pd.DataFrame(columns=wanted)
     frame["event_timestamp"] = pd.to_datetime(frame["event_timestamp"], utc=True)
     return frame
 
