@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseSensorOperator, PokeReturnValue
@@ -404,7 +404,11 @@ class DriftSensor(BaseSensorOperator):
         from airflow_mlops.drift import DriftPolicy
 
         if isinstance(self.policy, DriftPolicy):
-            return self.policy
+            given = self.policy
+            if given.max_age and given.as_of is None and window is not None:
+                given = replace(given, as_of=window.end.isoformat())
+            given.check()
+            return given
         fields = as_mapping(self.policy, "policy")
         if fields.get("max_age") and is_blank(fields.get("as_of")) and window is not None:
             fields["as_of"] = window.end.isoformat()

@@ -587,6 +587,10 @@ def test_data_are_fresh_as_of_the_end_of_the_window(champion, month, sensor, con
     assert (fresh["verdict"], fresh["broken_columns"]) == ("stable", [])
     stale = sensor(**made, policy={"max_age": {"event_timestamp": 60}}).execute(context)
     assert (stale["verdict"], stale["broken_columns"]) == ("drift", ["event_timestamp"])
+    for age, mapped in ((2 * 86400, fresh), (60, stale)):
+        assert sensor(**made, policy=DriftPolicy(max_age={"event_timestamp": age})).execute(context) == mapped
+    given = DriftPolicy(max_age={"event_timestamp": 60}, as_of="2013-04-20")
+    assert sensor(**made, policy=given).execute(context)["broken_columns"] == ["event_timestamp"], "as given"
 
 
 # --- evidence from scores and losses ------------------------------------------------------------------------------
