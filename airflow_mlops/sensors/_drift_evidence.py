@@ -123,7 +123,9 @@ def _estimate(hook: MlflowHook, champion: Any, uri: str, column: str) -> Perform
     stored = tagged_json(hook, champion, "mlops.performance_uri", "estimator of performance")
     if column not in (present := column_names(uri)):
         raise DataError(f"{uri} lacks the scores_column {column}; it has {', '.join(present)}")
-    scores = together(batches(uri, [column])).column(column).to_pandas()
+    # A dataset without a row can have no batch either.
+    found = list(batches(uri, [column]))
+    scores = together(found).column(column).to_pandas() if found else []
     return CalibratedEstimate.from_json(stored).estimate(scores)
 
 

@@ -631,6 +631,18 @@ def test_an_estimate_without_its_inputs_is_an_error(champion, month, sensor, con
         sensor(scores_column="champion").execute(context)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_no_row_with_a_score_is_not_enough_data(estimator, month, sensor, context, root, kind):
+    month()
+    none = pd.read_parquet(root / "predictions.parquet")[:0]
+    uri = f"{root}/none.{kind}"
+    none.to_parquet(uri) if kind == "parquet" else none.to_csv(uri, index=False)
+    made = {"predictions_uri": uri, "scores_column": "champion", "on_stable": "proceed"}
+    result = sensor(**made).execute(context)
+    assert (result["verdict"], result["estimate"]["verdict"]) == ("not_enough_data", "not_enough_data")
+    assert result["estimate"]["rows"] == 0
+
+
 def test_scores_that_are_not_there_are_named(estimator, month, sensor, context):
     month()
     with pytest.raises(AirflowFailException, match="lacks the scores_column score"):
