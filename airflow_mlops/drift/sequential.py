@@ -35,7 +35,7 @@ from scipy import stats
 from airflow_mlops.drift.betting import AT_LIMIT, LEVELS, Capital
 from airflow_mlops.drift.clusters import end_of, sums_by_cluster
 from airflow_mlops.drift.harm import Estimate
-from airflow_mlops.drift.limits import check_ranges
+from airflow_mlops.drift.limits import check_ranges, known_fields
 from airflow_mlops.exceptions import InvalidInputError
 
 VERSION = 1
@@ -137,6 +137,18 @@ class LossTest:
     zone: str = "UTC"
     min_labelled: float = 0.8
     state: LossState = field(default_factory=LossState)
+
+    @classmethod
+    def from_fields(cls, reference: Estimate, value: Mapping[str, Any]) -> LossTest:
+        """A new test from a mapping of its parameters; numbers may be strings, as templates render them.
+
+        :raises InvalidInputError: an unknown parameter, or a value out of range
+        """
+        if given := sorted({"reference", "state"} & set(value)):
+            raise InvalidInputError(f"unknown field(s) of a loss test: {', '.join(given)}")
+        test = cls(reference, **known_fields(cls, "loss test", value))
+        test.check()
+        return test
 
     def check(self) -> None:
         """Raise :class:`InvalidInputError` when a parameter is out of range."""

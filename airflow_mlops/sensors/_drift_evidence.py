@@ -141,16 +141,14 @@ def _sequential(
 ) -> LossVerdict:
     """The test over all windows of this champion; a window that is judged again starts from what was before it."""
     from airflow_mlops.drift.hysteresis import span
+    from airflow_mlops.drift.limits import number_of
     from airflow_mlops.drift.sequential import LossTest
 
     if window is None:
         raise InvalidInputError("loss_test goes by windows, and this run has none; give both ends of one")
     fields = dict(given)
-    delay = span("label_delay", fields.pop("label_delay", 0))
-    if unknown := set(fields) - set(LossTest.__dataclass_fields__) | {"reference", "state"} & set(fields):
-        raise InvalidInputError(f"unknown field(s) of loss_test: {', '.join(sorted(unknown))}")
-    fresh = LossTest(reference.log_loss, **fields)
-    fresh.check()
+    delay = span("label_delay", number_of(fields.pop("label_delay", 0)))
+    fresh = LossTest.from_fields(reference.log_loss, fields)
     losses = _log_loss(*(frame[name] for name in columns))
     batch = window.start.isoformat()
 

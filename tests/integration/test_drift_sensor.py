@@ -683,6 +683,19 @@ def test_a_loss_that_has_risen_is_found_over_the_windows(champion, month, sensor
     assert sensor(**made).execute(of_month(6, **more)) == found[2], "and leaves the newest as it was"
 
 
+def test_numbers_of_a_loss_test_may_be_text(champion, month, sensor, context, root):
+    month()
+    found = []
+    for given in (
+        {"epsilon": 0.05, "alpha": 0.02, "days": 7, "label_delay": 86400},
+        {"epsilon": "0.05", "alpha": "0.02", "days": "7", "label_delay": "86400"},
+        "{'epsilon': '0.05', 'alpha': '0.02', 'days': '7', 'label_delay': '1d'}",
+    ):
+        made = {"loss_test": given, "on_stable": "proceed", "state_dir": f"{root}/{len(found)}"}
+        found.append(sensor(**made).execute(context)["sequential"])
+    assert found[0] == found[1] == found[2] and found[0]["looks"] > 0
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -347,6 +347,17 @@ def test_parameters_out_of_range_are_refused(wrong, message):
         replace(LossTest(REFERENCE), **wrong).update([], [], matured_until=START, batch="a")
 
 
+def test_parameters_may_be_text_as_templates_render_them():
+    given = {"alpha": "0.05", "epsilon": "0", "days": "7", "zone": "Europe/Zurich"}
+    made = LossTest.from_fields(REFERENCE, given)
+    assert made == LossTest(REFERENCE, alpha=0.05, epsilon=0, days=7, zone="Europe/Zurich")
+    for wrong in ({"state": {}}, {"reference": 0.4}, {"label_delay": "1d"}):
+        with pytest.raises(InvalidInputError, match="unknown field"):
+            LossTest.from_fields(REFERENCE, wrong)
+    with pytest.raises(InvalidInputError, match="alpha is 'much'"):
+        LossTest.from_fields(REFERENCE, {"alpha": "much"})
+
+
 def test_a_damaged_state_is_refused(rng):
     _, test = run(LossTest(REFERENCE), *data(rng, 10), matured_until=START + pd.Timedelta("8D"))
     value = test.to_json()
