@@ -97,7 +97,7 @@ class DriftSensor(BaseSensorOperator):
     :param categorical: numeric columns whose numbers are names (templated)
     :param label_column: column of the label in ``predictions_uri`` (templated)
     :param predictions_uri: Parquet with ``event_timestamp``, the label and ``prediction_column``: needed to judge
-        harm (templated)
+        harm; the window's, but see ``loss_test`` (templated)
     :param prediction_column: the champion's probability of label 1 (templated)
     :param policy: :class:`~airflow_mlops.drift.DriftPolicy` or a mapping of its fields (templated)
     :param harm_policy: :class:`~airflow_mlops.drift.HarmPolicy` or a mapping of its fields (templated)
@@ -111,7 +111,9 @@ class DriftSensor(BaseSensorOperator):
         ``mlops.performance_uri``: JSON of a :class:`~airflow_mlops.drift.performance.CalibratedEstimate` (templated)
     :param loss_test: fields of a :class:`~airflow_mlops.drift.sequential.LossTest`, and ``label_delay`` such as
         ``"3d"``: the champion's log loss is tested over all windows since it serves, at every one of them, shown as
-        ``sequential``, and harm by it is harm. Kept where the hysteresis is (templated)
+        ``sequential``, and harm by it is harm. For labels that come after the check ``predictions_uri`` has to go
+        back beyond the window, as far as the delay; harm by the window goes by the window's rows alone then. Kept
+        where the hysteresis is (templated)
     :param hysteresis: fields of :class:`~airflow_mlops.drift.hysteresis.Hysteresis`, for example
         ``{"cooldown": "7d", "budget_per_window": 2, "window": "30d"}``; the score is 1 where the policy's tolerance is,
         2 at twice of it (templated)

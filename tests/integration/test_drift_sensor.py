@@ -683,6 +683,25 @@ def test_a_loss_that_has_risen_is_found_over_the_windows(champion, month, sensor
     assert sensor(**made).execute(of_month(6, **more)) == found[2], "and leaves the newest as it was"
 
 
+def test_labels_that_come_days_after_their_window_are_counted_once(champion, month, sensor, root):
+    """Daily windows, labels three days late, one file that grows: each check counts the day that has matured."""
+    month(bias=-1.0)
+    april = pd.read_parquet(root / "predictions.parquet").sort_values("event_timestamp")
+    made = {"loss_test": {"label_delay": "3d"}, "on_stable": "proceed", "scores_column": None}
+    looks = []
+    for day in range(1, 9):
+        start, end = (dt.datetime(2013, 4, of, tzinfo=dt.timezone.utc) for of in (day, day + 1))
+        known = april["event_timestamp"] < end - dt.timedelta(days=3)
+        so_far = april[april["event_timestamp"] < end].assign(label=april["label"].astype("Int8").where(known))
+        so_far.to_parquet(root / "predictions.parquet")
+        context = {"ti": TaskInstance(), "run_id": "r", "data_interval_start": start, "data_interval_end": end}
+        result = sensor(**made).execute(context)
+        assert sensor(**made).execute(context) == result, "bit for bit"
+        looks.append((result["sequential"]["looks"], result["sequential"]["skipped"]))
+        assert storage.read_json(result["report_uri"])["harm"]["rows"] == 0, "the window's own labels are not in"
+    assert looks == [(0, 0), (0, 0), (0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0)]
+
+
 def test_numbers_of_a_loss_test_may_be_text(champion, month, sensor, context, root):
     month()
     found = []
