@@ -25,6 +25,7 @@ _UNIT_ROWS = 1 << 20
 _INDEX_BYTES = 8
 _BATCH_ROWS = 1 << 16
 _PARQUET, _CSV = (".parquet", ".pq"), (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+PARQUET = "parquet"
 _READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error)
 
 
@@ -199,11 +200,16 @@ def open_source(source: Any, columns: Sequence[str] | None = None) -> list[Unit]
         return [StreamUnit(source)]
     units: list[Unit] = []
     for uri in list_uris(source):
-        if uri.lower().endswith(_CSV):
+        if form_of(uri) != PARQUET:
             units.append(CsvUnit.of(uri, columns))
         else:
             units += ParquetUnit.of(uri)
     return units
+
+
+def form_of(uri: str) -> str:
+    """As what a file is read, by its name: :data:`PARQUET`, or the ending of a CSV (``.csv``, ``.tsv.gz`` and such)."""
+    return next((ending for ending in _CSV if uri.lower().endswith(ending)), PARQUET)
 
 
 def list_uris(source: Any) -> list[str]:
@@ -282,7 +288,7 @@ def _csv(uri: str, types: dict[str, pa.DataType], columns: Sequence[str] | None)
     from pyarrow import csv
 
     options = csv.ConvertOptions(column_types=types, strings_can_be_null=True, include_columns=columns or None)
-    parse = csv.ParseOptions(delimiter="\t" if ".tsv" in uri.lower() else ",", newlines_in_values=True)
+    parse = csv.ParseOptions(delimiter="\t" if form_of(uri).startswith(".tsv") else ",", newlines_in_values=True)
     with fsspec.open(uri, "rb", compression="infer") as file:
         reading = csv.ReadOptions(block_size=1 << 22, use_threads=False)
         with csv.open_csv(file, read_options=reading, parse_options=parse, convert_options=options) as reader:

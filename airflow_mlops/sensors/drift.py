@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseSensorOperator, PokeReturnValue
@@ -97,7 +97,7 @@ class DriftSensor(BaseSensorOperator):
     :param categorical: numeric columns whose numbers are names (templated)
     :param label_column: column of the label in ``predictions_uri`` (templated)
     :param predictions_uri: Parquet with ``event_timestamp``, the label and ``prediction_column``: needed to judge
-        harm (templated)
+        harm; the window's, but see ``loss_test`` (templated)
     :param prediction_column: the champion's probability of label 1 (templated)
     :param policy: :class:`~airflow_mlops.drift.DriftPolicy` or a mapping of its fields (templated)
     :param harm_policy: :class:`~airflow_mlops.drift.HarmPolicy` or a mapping of its fields (templated)
@@ -111,7 +111,9 @@ class DriftSensor(BaseSensorOperator):
         ``mlops.performance_uri``: JSON of a :class:`~airflow_mlops.drift.performance.CalibratedEstimate` (templated)
     :param loss_test: fields of a :class:`~airflow_mlops.drift.sequential.LossTest`, and ``label_delay`` such as
         ``"3d"``: the champion's log loss is tested over all windows since it serves, at every one of them, shown as
-        ``sequential``, and harm by it is harm. Kept where the hysteresis is (templated)
+        ``sequential``, and harm by it is harm. For labels that come after the check ``predictions_uri`` has to go
+        back beyond the window, as far as the delay; harm by the window goes by the window's rows alone then. Kept
+        where the hysteresis is (templated)
     :param hysteresis: fields of :class:`~airflow_mlops.drift.hysteresis.Hysteresis`, for example
         ``{"cooldown": "7d", "budget_per_window": 2, "window": "30d"}``; the score is 1 where the policy's tolerance is,
         2 at twice of it (templated)
@@ -414,7 +416,11 @@ class DriftSensor(BaseSensorOperator):
         from airflow_mlops.drift import DriftPolicy
 
         if isinstance(self.policy, DriftPolicy):
-            return self.policy
+            given = self.policy
+            if given.max_age and given.as_of is None and window is not None:
+                given = replace(given, as_of=window.end.isoformat())
+            given.check()
+            return given
         fields = as_mapping(self.policy, "policy")
         if fields.get("max_age") and is_blank(fields.get("as_of")) and window is not None:
             fields["as_of"] = window.end.isoformat()
