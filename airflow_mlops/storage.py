@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from airflow_mlops.exceptions import ExternalSystemError
+from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, MlopsError
 
 
 def is_local(uri: str) -> bool:
@@ -29,15 +31,46 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def _filesystem(uri: str) -> tuple[Any, str]:
+@contextmanager
+def remote_errors(uri: str) -> Iterator[None]:
+    """Errors of the store behind ``uri`` as errors of this package; that nothing is there, and local ones, stay.
+
+    Every store has its own, of which few are :class:`OSError`.
+
+    :raises ExternalSystemError: the store cannot be reached, or refuses
+    """
+    try:
+        yield
+    except (FileNotFoundError, MlopsError):
+        raise
+    except Exception as error:
+        if is_local(uri):
+            raise
+        raise ExternalSystemError(
+            f"{uri} cannot be reached ({type(error).__name__}: {error}); check the address of the store, the "
+            "credentials and their permissions, for S3 in the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...)"
+        ) from error
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The filesystem of ``uri``, of fsspec, and the path there.
+
+    :raises InvalidInputError: there is none of this protocol, or its package is not installed
+    """
     import fsspec
 
-    return fsspec.core.url_to_fs(uri)
+    try:
+        return fsspec.core.url_to_fs(local_path(uri) if is_local(uri) else uri)
+    except (ImportError, ValueError) as error:
+        raise InvalidInputError(
+            f"{uri} cannot be opened: {error}; expected a path, or a URI such as s3://bucket/key, which needs: "
+            "pip install 'airflow-mlops[s3]'"
+        ) from error
 
 
-def _fresh_filesystem(uri: str) -> tuple[Any, str]:
-    fs, path = _filesystem(uri)
-    # A listing remembered from before would hide what other processes have written since.
+def fresh_filesystem(uri: str) -> tuple[Any, str]:
+    """As :func:`filesystem`, with no memory of what was there before, which hides what others have written since."""
+    fs, path = filesystem(uri)
     fs.invalidate_cache()
     return fs, path
 
@@ -46,27 +79,33 @@ def exists(uri: str) -> bool:
     """Whether something is stored at ``uri``."""
     if is_local(uri):
         return os.path.exists(local_path(uri))
-    fs, path = _fresh_filesystem(uri)
-    return fs.exists(path)
+    fs, path = fresh_filesystem(uri)
+    with remote_errors(uri):
+        return fs.exists(path)
 
 
 def read_bytes(uri: str) -> bytes:
-    """The content at ``uri``; :class:`FileNotFoundError` when there is none."""
+    """The content at ``uri``; :class:`FileNotFoundError` when there is none.
+
+    :raises ExternalSystemError: the store cannot be reached, as of all that reads or writes another than the local one
+    """
     if is_local(uri):
         with open(local_path(uri), "rb") as file:
             return file.read()
-    fs, path = _filesystem(uri)
-    return fs.cat_file(path)
+    fs, path = filesystem(uri)
+    with remote_errors(uri):
+        return fs.cat_file(path)
 
 
 def write_bytes(uri: str, content: bytes) -> str:
     """Replace the content at ``uri`` and return ``uri``.
 
-    :raises ExternalSystemError: the disk is full or the place cannot be written to; names the place
+    :raises ExternalSystemError: the disk is full, the place cannot be written to or reached; names the place
     """
     if not is_local(uri):
-        fs, path = _filesystem(uri)
-        fs.pipe_file(path, content)
+        fs, path = filesystem(uri)
+        with remote_errors(uri):
+            fs.pipe_file(path, content)
         return uri
     path = local_path(uri)
     try:
@@ -104,7 +143,8 @@ def list_files(folder: str, suffix: str = "") -> list[str]:
         names = os.listdir(path) if os.path.isdir(path) else []
         names = [name for name in names if os.path.isfile(os.path.join(path, name)) and not name.startswith(".tmp-")]
     else:
-        fs, path = _fresh_filesystem(folder)
-        entries = fs.ls(path, detail=True) if fs.exists(path) else []
+        fs, path = fresh_filesystem(folder)
+        with remote_errors(folder):
+            entries = fs.ls(path, detail=True) if fs.exists(path) else []
         names = [entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file"]
     return [join(folder, name) for name in sorted(names) if name.endswith(suffix)]

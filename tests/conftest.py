@@ -39,6 +39,8 @@ def s3(monkeypatch) -> Iterator[Any]:
         for name, value in {**values, "DEFAULT_REGION": "us-east-1"}.items():
             monkeypatch.setenv(f"AWS_{name}", value)
         s3fs.S3FileSystem.clear_instance_cache()
+        # All servers of a process share what is in them.
+        pytest.importorskip("requests").post(f"http://{host}:{port}/moto-api/reset", timeout=10).raise_for_status()
         client = boto3.client("s3")
         client.create_bucket(Bucket="runs")
         yield client

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str], build: Callable[..., Profile]) -> int:
 
 
 if __name__ == "__main__":
-    from airflow_mlops.drift.distributed import profile_on_ray
+    from airflow_mlops.drift.distributed import RETRIES, profile_on_ray
 
+    # Ray would else try a part of the data for ever that needs more memory than there is.
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     sys.exit(main(sys.argv[1:], profile_on_ray))

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from airflow_mlops.drift import exact
-from airflow_mlops.drift.categories import CAPACITY
 from airflow_mlops.drift.column import Column, pick
 from airflow_mlops.drift.histogram import Bins
+from airflow_mlops.drift.names import add_names
 from airflow_mlops.exceptions import DataError
 
 _WIDTH = 1 << 16
@@ -73,7 +73,7 @@ class Accumulator:
             column.missing += values.null_count
             self._numbers.add(_as_numbers(values))
         elif column.kind == "categorical":
-            _add_categories(column, values)
+            column.missing += add_names(column.categories, values)
         elif column.kind == "time":
             _add_times(column, values)
         else:
@@ -194,39 +194,6 @@ class _Numbers:
 
 def _are_whole(values: np.ndarray) -> bool:
     return bool((np.rint(values) == values).all())
-
-
-def _add_categories(column: Column, values: Any) -> None:
-    if pa.types.is_string_view(values.type):
-        values = values.cast(pa.large_string())  # counting views loses their nulls
-    counted = pc.value_counts(values)
-    names, counts = counted.field("values"), counted.field("counts").to_numpy()
-    if pa.types.is_dictionary(names.type):
-        names = names.dictionary_decode()
-    if pa.types.is_string(names.type) or pa.types.is_large_string(names.type):
-        column.missing += int(counts[names.is_null().to_numpy(zero_copy_only=False)].sum())
-        counts, names = counts[names.is_valid().to_numpy(zero_copy_only=False)], names.drop_null()
-        many = len(names) > CAPACITY and pc.count_distinct(names).as_py() > CAPACITY
-        if column.categories.hashed or many:
-            # In slices: a million names as Python objects take much memory.
-            for start in range(0, len(names), _WIDTH):
-                texts = names.slice(start, _WIDTH).cast(pa.large_binary()).to_pylist()
-                column.categories.add_many(texts, counts[start : start + _WIDTH])
-            return
-    found = []
-    for name, count in zip(names.to_pylist(), counts.tolist()):
-        if name is None or name != name:
-            column.missing += count
-        else:
-            found.append((category_name(name), count))
-    column.categories.add(found)
-
-
-def category_name(value: Any) -> str:
-    """A category's name: 1 and 1.0 are one category, since a missing value turns whole numbers into floats."""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
 
 
 def _add_times(column: Column, values: Any) -> None:

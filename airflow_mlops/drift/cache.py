@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from airflow_mlops import storage
 from airflow_mlops.drift.profile import VERSION, Profile
-from airflow_mlops.drift.sources import list_uris
-from airflow_mlops.exceptions import DataError, InvalidInputError
+from airflow_mlops.drift.sources import PARQUET, form_of, list_uris, reading
+from airflow_mlops.exceptions import InvalidInputError
 
 _BLOCK = 1 << 22
 
@@ -51,7 +51,10 @@ def profile_of(
 
 
 def data_key(uri: str | Sequence[str], question: object = None, *, threads: int = 1) -> str:
-    """A hash of the bytes of all files at ``uri``, whatever their names and order, and of ``question`` (JSON).
+    """A hash of the bytes of all files at ``uri``, of how each is read, and of ``question`` (JSON).
+
+    Their names and order do not matter, but for the ending that says what they are: the same bytes as CSV and as TSV
+    are other data.
 
     :raises DataError: no file there, or one that cannot be read
     """
@@ -61,13 +64,13 @@ def data_key(uri: str | Sequence[str], question: object = None, *, threads: int 
 
 
 def _file_digest(uri: str) -> str:
+    """A hash of a file's bytes and of how they are read."""
     import fsspec
 
     digest = hashlib.blake2b(digest_size=32)
-    try:
-        with fsspec.open(uri, "rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"cannot read {uri}: {error}") from error
+    if (form := form_of(uri)) != PARQUET:
+        digest.update(json.dumps(form).encode() + b"\0")
+    with reading(uri), fsspec.open(uri, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
     return digest.hexdigest()

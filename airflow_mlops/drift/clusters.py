@@ -20,7 +20,13 @@ _EPOCH = dt.date(1970, 1, 1).toordinal()
 
 
 def sums_by_cluster(
-    times: Any, losses: Any, *, days: int, zone: str, bound: float
+    times: Any,
+    losses: Any,
+    *,
+    days: int,
+    zone: str,
+    bound: float,
+    span: tuple[dt.datetime, dt.datetime] | None = None,
 ) -> dict[str, tuple[int, int, float]]:
     """Cluster -> rows, rows with a loss, and the sum of their losses, clipped at ``bound``.
 
@@ -28,6 +34,7 @@ def sums_by_cluster(
     :param losses: by row, missing where not known
     :param days: in a cluster
     :param zone: time zone in which a day begins
+    :param span: rows before its start, or not before its end, are passed over
     :raises DataError: lengths differ, a time is missing or has no zone, or a loss is minus infinity
     """
     values = as_floats(losses)
@@ -42,6 +49,9 @@ def sums_by_cluster(
         raise DataError(f"{int(stamps.isna().sum())} of {len(stamps)} rows have no time; every row needs one")
     if (values == -math.inf).any():
         raise DataError("a loss is minus infinity; expected losses that are finite, or plus infinity to be clipped")
+    if span is not None:
+        inside = ((stamps >= span[0]) & (stamps < span[1])).to_numpy()
+        stamps, values = stamps[inside].reset_index(drop=True), values[inside]
     local = stamps.dt.tz_convert(zone).dt.tz_localize(None)
     day = local.to_numpy("datetime64[D]").astype("int64")
     first = day // days * days
@@ -54,6 +64,17 @@ def sums_by_cluster(
     sums = np.bincount(code, np.where(known, values, 0.0))
     keys = [dt.date.fromordinal(_EPOCH + int(start)).isoformat() for start in starts]
     return dict(zip(keys, zip(rows.tolist(), labelled.tolist(), sums.tolist())))
+
+
+def cluster_of(day: str, days: int) -> str:
+    """The cluster that a day, an ISO date, is in."""
+    ordinal = dt.date.fromisoformat(day).toordinal() - _EPOCH
+    return dt.date.fromordinal(_EPOCH + ordinal // days * days).isoformat()
+
+
+def day_of(when: dt.datetime, zone: str) -> dt.datetime:
+    """When the day of ``when`` began, in UTC."""
+    return end_of(when.astimezone(ZoneInfo(zone)).date().isoformat(), 0, zone)
 
 
 def end_of(cluster: str, days: int, zone: str) -> dt.datetime:

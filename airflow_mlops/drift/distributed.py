@@ -10,6 +10,9 @@ from airflow_mlops.drift.profile import Plan, Profile, merged
 from airflow_mlops.drift.sources import open_source
 from airflow_mlops.exceptions import DataError
 
+#: How often a part of the data is tried again whose worker was lost.
+RETRIES = 3
+
 
 def profile_on_ray(
     uri: str | Sequence[str],
@@ -45,7 +48,8 @@ def profile_on_ray(
     parts = ray.data.from_items([{"unit": i} for i in range(len(units))], override_num_blocks=len(units))
 
     def received() -> Iterator[Profile]:
-        for row in parts.map(profile, num_cpus=num_cpus).iter_rows():
+        # Ray Data would else try a part for ever that ends its worker, such as one too large for its memory.
+        for row in parts.map(profile, num_cpus=num_cpus, max_retries=RETRIES).iter_rows():
             if row["error"]:
                 raise DataError(row["error"])
             yield Profile.from_json(json.loads(row["profile"]))

@@ -168,10 +168,11 @@ class Hysteresis:
         if breaches < self.consecutive_breaches:
             return f"{breaches} breach(es) in a row, {self.consecutive_breaches} needed", None
         if not armed:
-            rearm = f", or until {_day(earlier[-1] + self.rearm_after)}" if earlier and self.rearm_after else ""
-            return f"disarmed by the training of {_day(earlier[-1])} until a score is below {self.disarm:g}{rearm}", (
-                (earlier[-1] + self.rearm_after).isoformat() if earlier and self.rearm_after else None
-            )
+            text = f"disarmed by the training of {_day(earlier[-1])} until a score is below {self.disarm:g}"
+            if not self.rearm_after:
+                return "; ".join([text, *(held for held, _ in waits)]), None
+            again = earlier[-1] + self.rearm_after
+            waits.insert(0, (f"{text}, or until {_day(again)}", again))
         if not waits:
             return "", None
         last = max(end for _, end in waits)

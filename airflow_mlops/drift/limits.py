@@ -23,7 +23,7 @@ def known_fields(policy: type, what: str, value: Mapping[str, Any]) -> dict[str,
     known = [field.name for field in fields(policy)]
     if unknown := sorted(set(value) - set(known)):
         raise InvalidInputError(f"unknown field(s) of a {what}: {', '.join(unknown)}; there are {', '.join(known)}")
-    return {name: _number(given) if isinstance(given, str) else given for name, given in value.items()}
+    return {name: number_of(given) for name, given in value.items()}
 
 
 def check_ranges(policy: Any, what: str, ranges: Ranges) -> None:
@@ -34,11 +34,12 @@ def check_ranges(policy: Any, what: str, ranges: Ranges) -> None:
             raise InvalidInputError(f"{what}: {name} is {value!r}; expected a number from {low} to {high}")
 
 
-def _number(text: str) -> Any:
-    for kind in (int, float):
+def number_of(value: Any) -> Any:
+    """The number that a string holds, as templates render it; anything else as it is."""
+    for kind in (int, float) if isinstance(value, str) else ():
         with suppress(ValueError):
-            return kind(text)
-    return text
+            return kind(value)
+    return value
 
 
 #: Method to the smallest effect that counts when a policy names none. A shift of a normal by d standard deviations
@@ -210,7 +211,7 @@ _RANGES = {
 def _by_column(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise InvalidInputError(f"drift policy: {name} is {value!r}; expected a mapping from column")
-    return {str(column): _number(given) if isinstance(given, str) else given for column, given in value.items()}
+    return {str(column): number_of(given) for column, given in value.items()}
 
 
 def _is_number(value: Any) -> bool:

@@ -33,9 +33,9 @@ import numpy as np
 from scipy import stats
 
 from airflow_mlops.drift.betting import AT_LIMIT, LEVELS, Capital
-from airflow_mlops.drift.clusters import end_of, sums_by_cluster
+from airflow_mlops.drift.clusters import cluster_of, day_of, end_of, sums_by_cluster
 from airflow_mlops.drift.harm import Estimate
-from airflow_mlops.drift.limits import check_ranges
+from airflow_mlops.drift.limits import check_ranges, known_fields
 from airflow_mlops.exceptions import InvalidInputError
 
 VERSION = 1
@@ -46,7 +46,8 @@ class LossState:
     """What a :class:`LossTest` has seen.
 
     :param matured_until: latest maturity told so far, ISO 8601 in UTC
-    :param waiting: cluster (ISO date of its first day) -> batch -> rows, rows with a loss, sum of their losses
+    :param waiting: cluster (ISO date of its first day) -> batch, or span "start/end" within a day -> rows, rows with a
+        loss, sum of their losses
     :param capital: the bettors; None before the first judged cluster
     :param looks: clusters judged
     :param rows: rows with a loss in them
@@ -138,6 +139,18 @@ class LossTest:
     min_labelled: float = 0.8
     state: LossState = field(default_factory=LossState)
 
+    @classmethod
+    def from_fields(cls, reference: Estimate, value: Mapping[str, Any]) -> LossTest:
+        """A new test from a mapping of its parameters; numbers may be strings, as templates render them.
+
+        :raises InvalidInputError: an unknown parameter, or a value out of range
+        """
+        if given := sorted({"reference", "state"} & set(value)):
+            raise InvalidInputError(f"unknown field(s) of a loss test: {', '.join(given)}")
+        test = cls(reference, **known_fields(cls, "loss test", value))
+        test.check()
+        return test
+
     def check(self) -> None:
         """Raise :class:`InvalidInputError` when a parameter is out of range."""
         check_ranges(self, "loss test", _RANGES)
@@ -216,6 +229,64 @@ class LossTest:
                 left[key] = waiting[key]
         test = replace(self, state=replace(state, waiting=left))
         return test._verdict(late), test
+
+    def update_from(
+        self, times: Any, losses: Any, *, since: dt.datetime, until: dt.datetime, matured_until: dt.datetime
+    ) -> tuple[LossVerdict, LossTest]:
+        """As :meth:`update`, with all the rows there are from ``since`` to ``until``, given before or not.
+
+        Rows go under their day, and every row counts once: what waits of a day is replaced, unless it has more rows. So
+        spans may overlap, and labels that come late are found by reading from :attr:`open_from` on. Rows outside the
+        span and of clusters that have been judged are passed over.
+
+        :param since: with a time zone
+        :param until: likewise
+        """
+        self.check()
+        since = since if self.open_from is None else max(since, self.open_from)
+        waiting = {key: dict(batches) for key, batches in self.state.waiting.items()}
+        inside: dict[str, list[tuple[str, str]]] = {}
+        for key, batches in waiting.items():
+            for name in batches:
+                start, end = _ends(name)
+                if start is None or end is None or end <= since or start >= until:
+                    continue
+                if start < since:  # part of a day that the rows given have but the rest of
+                    since = end
+                elif end > until:
+                    until = start
+                else:
+                    inside.setdefault(day_of(start, self.zone).isoformat(), []).append((key, name))
+        groups = {}
+        if since < until:
+            groups = sums_by_cluster(times, losses, days=1, zone=self.zone, bound=self.bound, span=(since, until))
+        for day, group in groups.items():
+            begin, end = end_of(day, 0, self.zone), end_of(day, 1, self.zone)
+            old = inside.get(begin.isoformat(), [])
+            if sum(waiting[key][name][0] for key, name in old) > group[0]:
+                continue
+            for key, name in old:
+                del waiting[key][name]
+            piece = f"{max(begin, since).isoformat()}/{min(end, until).isoformat()}"
+            waiting.setdefault(cluster_of(day, self.days), {})[piece] = group
+        test = replace(self, state=replace(self.state, waiting=waiting))
+        return test.update([], [], matured_until=matured_until, batch="")
+
+    @property
+    def open_from(self) -> dt.datetime | None:
+        """Start of the first cluster that has not matured, in UTC; None before the first update."""
+        if self.state.matured_until is None:
+            return None
+        day = day_of(dt.datetime.fromisoformat(self.state.matured_until), self.zone).astimezone(ZoneInfo(self.zone))
+        return end_of(cluster_of(day.date().isoformat(), self.days), 0, self.zone)
+
+    def unlabelled(self, before: dt.datetime) -> int:
+        """Clusters that are over by ``before`` and wait with too few labels to be judged."""
+        found = 0
+        for key, batches in self.state.waiting.items():
+            rows, known = (sum(group[place] for group in batches.values()) for place in (0, 1))
+            found += end_of(key, self.days, self.zone) <= before and (not known or known < self.min_labelled * rows)
+        return found
 
     def _closed(self, key: str) -> bool:
         matured = self.state.matured_until
@@ -340,6 +411,16 @@ _RANGES = {
     "correlation": (0.0, 0.9),
     "min_labelled": (0.0, 1.0),
 }
+
+
+def _ends(batch: str) -> tuple[dt.datetime | None, dt.datetime | None]:
+    """Start and end of the span that a batch is named by; None where it has another name."""
+    start, _, end = batch.partition("/")
+    try:
+        found = dt.datetime.fromisoformat(start), dt.datetime.fromisoformat(end)
+    except ValueError:
+        return None, None
+    return found if found[0].tzinfo and found[1].tzinfo else (None, None)
 
 
 def _state(value: Mapping[str, Any]) -> LossState:

@@ -6,7 +6,9 @@ A unit is read in bounded memory: local Parquet column by column, everything els
 from __future__ import annotations
 
 import contextlib
+import gzip
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from airflow_mlops import storage
-from airflow_mlops.exceptions import DataError
+from airflow_mlops.exceptions import DataError, ExternalSystemError
 
 _UNIT_ROWS = 1 << 20
+# More for each value than this are the values themselves and not their places in a dictionary.
+_INDEX_BYTES = 8
 _BATCH_ROWS = 1 << 16
 _PARQUET, _CSV = (".parquet", ".pq"), (".csv", ".csv.gz", ".tsv", ".tsv.gz")
-_READ_ERRORS = (pa.ArrowException, OSError, EOFError)
+PARQUET = "parquet"
+_READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error)
 
 
 class Unit(ABC):
@@ -73,7 +78,7 @@ class StreamUnit(Unit):
         self.schema = self.source.schema
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        with _named(self.name):
+        with reading(self.name):
             if hasattr(self.source, "to_batches"):
                 yield from self.source.to_batches(columns=list(columns), batch_size=_BATCH_ROWS, use_threads=False)
             else:
@@ -100,7 +105,7 @@ class ParquetUnit(Unit):
     @classmethod
     def of(cls, uri: str) -> list[ParquetUnit]:
         """The units of the file at ``uri``, each of about a million rows or of one row group."""
-        with _named(uri), _parquet(uri) as file:
+        with reading(uri), _parquet(uri) as file:
             schema, metadata = file.schema_arrow.remove_metadata(), file.metadata
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         units, first, rows = [], 0, 0
@@ -112,18 +117,29 @@ class ParquetUnit(Unit):
         return [*units, cls(uri, schema, first, len(sizes), rows)]
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        with _named(self.uri), _parquet(self.uri) as file:
+        with reading(self.uri), _parquet(self.uri) as file:
             yield from self._read(file, columns, _BATCH_ROWS)
 
     def arrays(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Array]]:
         if not storage.is_local(self.uri):  # one request for all columns, not one for each
             yield from super().arrays(columns)
             return
-        texts = [field.name for field in self.schema if pa.types.is_string(field.type)]
-        with _named(self.uri), _parquet(self.uri, texts) as file:
+        with reading(self.uri), _parquet(self.uri) as file:
+            dictionaries = self._dictionaries(file.metadata, columns)
+        with reading(self.uri), _parquet(self.uri, dictionaries) as file:
             for name in columns:
                 for batch in self._read(file, [name], _UNIT_ROWS):
                     yield name, batch.column(0)
+
+    def _dictionaries(self, metadata: Any, columns: Sequence[str]) -> list[str]:
+        """The columns of text of which the file holds every value but once: to read them as such costs less."""
+        texts = {name for name in columns if pa.types.is_string(self.schema.field(name).type)}
+        if not texts or self.first == self.last:
+            return []
+        group = metadata.row_group(self.first)
+        chunks = (group.column(i) for i in range(group.num_columns))
+        small = {c.path_in_schema for c in chunks if c.total_uncompressed_size < _INDEX_BYTES * c.num_values}
+        return sorted(texts & small)
 
     def _read(self, file: Any, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
         groups = range(self.first, self.last)
@@ -148,7 +164,7 @@ class CsvUnit(Unit):
         :raises DataError: not a CSV, or a column of times some of which have a zone
         """
         types: dict[str, pa.DataType] = {}
-        with _named(uri):
+        with reading(uri):
             while True:
                 with _csv(uri, types, None) as reader:
                     try:
@@ -164,7 +180,7 @@ class CsvUnit(Unit):
                         return cls(uri, reader.schema)
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        with _named(self.uri), _csv(self.uri, {f.name: f.type for f in self.schema}, columns) as reader:
+        with reading(self.uri), _csv(self.uri, {f.name: f.type for f in self.schema}, columns) as reader:
             yield from reader
 
 
@@ -172,6 +188,7 @@ def open_source(source: Any, columns: Sequence[str] | None = None) -> list[Unit]
     """The units of ``source``, which is as :meth:`airflow_mlops.drift.Profile.of` takes it.
 
     :raises DataError: nothing there, an unreadable file, or a frame that Arrow cannot hold
+    :raises ExternalSystemError: the store of the files cannot be reached
     """
     if isinstance(source, pa.RecordBatch):
         source = pa.Table.from_batches([source])
@@ -183,35 +200,42 @@ def open_source(source: Any, columns: Sequence[str] | None = None) -> list[Unit]
         return [StreamUnit(source)]
     units: list[Unit] = []
     for uri in list_uris(source):
-        if uri.lower().endswith(_CSV):
+        if form_of(uri) != PARQUET:
             units.append(CsvUnit.of(uri, columns))
         else:
             units += ParquetUnit.of(uri)
     return units
 
 
+def form_of(uri: str) -> str:
+    """As what a file is read, by its name: :data:`PARQUET`, or the ending of a CSV (``.csv``, ``.tsv.gz`` and such)."""
+    return next((ending for ending in _CSV if uri.lower().endswith(ending)), PARQUET)
+
+
 def list_uris(source: Any) -> list[str]:
     """The files of a path, URI, directory or glob, or of a list of them, sorted.
 
     :raises DataError: none there, or a directory with both Parquet and CSV files
+    :raises ExternalSystemError: the store cannot be reached
     """
-    import fsspec
-
     given = [str(uri) for uri in source] if isinstance(source, (list, tuple)) else [str(source)]
     found: set[str] = set()
     for uri in given:
-        fs, path = fsspec.core.url_to_fs(storage.local_path(uri) if storage.is_local(uri) else uri)
-        fs.invalidate_cache()
-        if any(mark in path for mark in "*?["):
-            paths = [name for name, entry in fs.glob(path, detail=True).items() if entry["type"] != "directory"]
-        elif fs.isdir(path):
-            paths = _data_files(fs.find(path), path)
-        else:
-            paths = [path] if fs.exists(path) else []
+        fs, path = storage.fresh_filesystem(uri)
+        with storage.remote_errors(uri):
+            paths = _paths(fs, path)
         if not paths:
             raise DataError(f"no Parquet or CSV file at {uri}; check the path and that the data has landed")
         found |= {path if storage.is_local(uri) else fs.unstrip_protocol(path) for path in paths}
     return sorted(found)
+
+
+def _paths(fs: Any, path: str) -> list[str]:
+    if any(mark in path for mark in "*?["):
+        return [name for name, entry in fs.glob(path, detail=True).items() if entry["type"] != "directory"]
+    if fs.isdir(path):
+        return _data_files(fs.find(path), path)
+    return [path] if fs.exists(path) else []
 
 
 def _data_files(paths: list[str], folder: str) -> list[str]:
@@ -225,12 +249,25 @@ def _data_files(paths: list[str], folder: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Errors of reading name what was read."""
-    try:
-        yield
-    except _READ_ERRORS as error:
-        raise DataError(f"cannot read {name}: {error}. Write it again, or leave it out of the window.") from error
+def reading(name: str) -> Iterator[None]:
+    """Errors of reading name what was read: its content, or the store where it is."""
+    with storage.remote_errors(name):
+        try:
+            yield
+        except _READ_ERRORS as error:
+            if isinstance(error, FileNotFoundError):
+                raise ExternalSystemError(f"{name} is gone since it was listed; a retry looks for it again") from error
+            if not storage.is_local(name) and _of_store(error):
+                raise
+            said = " ".join(str(error).split()).rstrip(".")
+            raise DataError(f"cannot read {name}: {said}. Write it again, or leave it out of the window.") from error
+
+
+def _of_store(error: BaseException) -> bool:
+    """Whether ``error`` comes of a store and not of the content, of which Arrow says no more than OSError."""
+    return isinstance(error, OSError) and not (
+        isinstance(error, gzip.BadGzipFile) or (type(error) is OSError and error.errno is None)
+    )
 
 
 def _parquet(uri: str, dictionaries: Sequence[str] = ()) -> Any:
@@ -239,11 +276,9 @@ def _parquet(uri: str, dictionaries: Sequence[str] = ()) -> Any:
     if storage.is_local(uri):
         path = storage.local_path(uri)
         return pq.ParquetFile(path, read_dictionary=list(dictionaries), page_checksum_verification=True)
-    import fsspec
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    fs, path = fsspec.core.url_to_fs(uri)
-    file = PyFileSystem(FSSpecHandler(fs)).open_input_file(path)
+    fs, path = storage.filesystem(uri)
+    # Not by pyarrow's FSSpecHandler, to which a store that is away is one without the file.
+    file = pa.PythonFile(fs.open(path, "rb"), mode="r")
     return pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
 
 
@@ -253,7 +288,7 @@ def _csv(uri: str, types: dict[str, pa.DataType], columns: Sequence[str] | None)
     from pyarrow import csv
 
     options = csv.ConvertOptions(column_types=types, strings_can_be_null=True, include_columns=columns or None)
-    parse = csv.ParseOptions(delimiter="\t" if ".tsv" in uri.lower() else ",", newlines_in_values=True)
+    parse = csv.ParseOptions(delimiter="\t" if form_of(uri).startswith(".tsv") else ",", newlines_in_values=True)
     with fsspec.open(uri, "rb", compression="infer") as file:
         reading = csv.ReadOptions(block_size=1 << 22, use_threads=False)
         with csv.open_csv(file, read_options=reading, parse_options=parse, convert_options=options) as reader:

@@ -43,6 +43,11 @@ class Endpoint:
     certificate: tuple[str, str] | None = None
 
     @property
+    def on_this_machine(self) -> bool:
+        """Whether the cluster runs where this does."""
+        return not self.proxied and urlsplit(self.address).hostname in ("127.0.0.1", "localhost", "::1")
+
+    @property
     def headers(self) -> dict[str, str]:
         """Headers of every request; the second one passes proxies that take ``Authorization`` for themselves."""
         own = f"Bearer {self.token}" if self.token else None

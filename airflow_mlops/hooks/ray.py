@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -149,6 +150,11 @@ class RayJobsHook(RayHook):
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+    @property
+    def python(self) -> str:
+        """The interpreter of the cluster's jobs: this one if the cluster is on this machine, else its ``python``."""
+        return sys.executable if self.endpoint.on_this_machine else "python"
 
     def submit(
         self,

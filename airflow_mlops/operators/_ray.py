@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 
 from airflow_mlops.exceptions import ExternalSystemError, MlopsError
 from airflow_mlops.hooks.ray import LOG_TAIL, AccessRefusedError, RayJobsHook
@@ -210,12 +208,12 @@ class JobsRunner:
         env_vars = {
             **driver_env(spec, self._stop_timeout),
             # A process less where nobody preempts the machine.
-            **({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if self._on_this_machine else {}),
+            **({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if self.hook.endpoint.on_this_machine else {}),
             **self._runtime_env.get("env_vars", {}),
         }
         created = self.hook.submit(
             submission_id_of(spec),
-            driver_command(spec_uri, self._interpreter()),
+            driver_command(spec_uri, self._python or self.hook.python),
             runtime_env={**self._runtime_env, "env_vars": env_vars},
             metadata={**self._metadata, "run_key": spec.run_key, "attempt": str(spec.attempt)},
             **self._resources,
@@ -365,10 +363,3 @@ class JobsRunner:
         finally:
             over.set()
             thread.join()
-
-    @property
-    def _on_this_machine(self) -> bool:
-        return urlsplit(self.hook.endpoint.address).hostname in ("127.0.0.1", "localhost", "::1")
-
-    def _interpreter(self) -> str:
-        return self._python or (sys.executable if self._on_this_machine else "python")

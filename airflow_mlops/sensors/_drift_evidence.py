@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
+import datetime as dt
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlops import storage
 from airflow_mlops.exceptions import DataError, InvalidInputError
 from airflow_mlops.sensors._drift import Found, number, policy_of, tagged_json
-from airflow_mlops.sensors._drift_state import change
+from airflow_mlops.sensors._drift_losses import Predictions, losses_over_windows, read_rows
 from airflow_mlops.shell import log_table
 
 if TYPE_CHECKING:
-    from airflow_mlops.drift import HarmReport, LossReference
+    from airflow_mlops.drift import HarmReport
     from airflow_mlops.drift.performance import PerformanceEstimate
     from airflow_mlops.drift.sequential import LossVerdict
     from airflow_mlops.hooks.mlflow import MlflowHook
@@ -82,21 +81,28 @@ def evidence_of(
     """
     from airflow_mlops.drift import HarmPolicy, LossReference, assess_harm
 
-    estimate = None
-    if scores_column is not None:
-        estimate = _estimate(hook, champion, predictions_uri or current_uri, scores_column)
     if loss_test is not None and predictions_uri is None:
         raise InvalidInputError("loss_test needs predictions_uri, with the labels and the champion's predictions")
+    if loss_test is not None and window is None:
+        raise InvalidInputError("loss_test goes by windows, and this run has none; give both ends of one")
+    # For the test of the loss the predictions may go back beyond the window; all else is about the window alone.
+    ends = (window.start, window.end) if loss_test is not None and window is not None else (None, None)
+    estimate = None
+    if scores_column is not None:
+        estimate = _estimate(hook, champion, predictions_uri or current_uri, scores_column, ends)
     if predictions_uri is None:
         return Evidence(estimate=estimate)
     reference = LossReference.from_json(tagged_json(hook, champion, "mlops.loss_reference_uri", "loss reference"))
-    frame = read_predictions(predictions_uri, list(columns))
+    predictions = Predictions(predictions_uri, *columns)
+    frame, first = predictions.read(*ends)
     label, probability = (frame[name] for name in columns)
     policy = policy_of(HarmPolicy, harm_policy, "harm_policy")
     harm = assess_harm(reference, label, probability, frame["event_timestamp"].dt.date, policy)
     sequential = None
-    if loss_test is not None:
-        sequential = _sequential(context, champion, window, reference, frame, columns, loss_test, state_dir)
+    if loss_test is not None and window is not None:
+        sequential = losses_over_windows(
+            context, champion, window, reference, predictions, (frame, first), loss_test, state_dir
+        )
     return Evidence(harm, estimate, sequential)
 
 
@@ -115,7 +121,9 @@ def verdict_of(found: Found, evidence: Evidence, retrain_on: Collection[str]) ->
     return verdict, retrain, reasons
 
 
-def _estimate(hook: MlflowHook, champion: Any, uri: str, column: str) -> PerformanceEstimate:
+def _estimate(
+    hook: MlflowHook, champion: Any, uri: str, column: str, ends: tuple[dt.datetime | None, dt.datetime | None]
+) -> PerformanceEstimate:
     from airflow_mlops.drift.page import together
     from airflow_mlops.drift.performance import CalibratedEstimate
     from airflow_mlops.drift.profile import batches, column_names
@@ -123,57 +131,12 @@ def _estimate(hook: MlflowHook, champion: Any, uri: str, column: str) -> Perform
     stored = tagged_json(hook, champion, "mlops.performance_uri", "estimator of performance")
     if column not in (present := column_names(uri)):
         raise DataError(f"{uri} lacks the scores_column {column}; it has {', '.join(present)}")
-    scores = together(batches(uri, [column])).column(column).to_pandas()
+    if ends != (None, None):
+        return CalibratedEstimate.from_json(stored).estimate(read_rows(uri, [column], *ends)[0][column])
+    # A dataset without a row can have no batch either.
+    found = list(batches(uri, [column]))
+    scores = together(found).column(column).to_pandas() if found else []
     return CalibratedEstimate.from_json(stored).estimate(scores)
-
-
-def _sequential(
-    context: Mapping[str, Any],
-    champion: Any,
-    window: Window | None,
-    reference: LossReference,
-    frame: Any,
-    columns: tuple[str, str],
-    given: Mapping[str, Any],
-    state_dir: str,
-) -> LossVerdict:
-    """The test over all windows of this champion; a window that is judged again starts from what was before it."""
-    from airflow_mlops.drift.hysteresis import span
-    from airflow_mlops.drift.sequential import LossTest
-
-    if window is None:
-        raise InvalidInputError("loss_test goes by windows, and this run has none; give both ends of one")
-    fields = dict(given)
-    delay = span("label_delay", fields.pop("label_delay", 0))
-    if unknown := set(fields) - set(LossTest.__dataclass_fields__) | {"reference", "state"} & set(fields):
-        raise InvalidInputError(f"unknown field(s) of loss_test: {', '.join(sorted(unknown))}")
-    fresh = LossTest(reference.log_loss, **fields)
-    fresh.check()
-    losses = _log_loss(*(frame[name] for name in columns))
-    batch = window.start.isoformat()
-
-    def step(state: Mapping[str, Any] | None) -> tuple[LossVerdict, dict[str, Any]]:
-        before = None if state is None else state["before"] if state["batch"] == batch else state["test"]
-        test = fresh if before is None else LossTest.from_json(before)
-        verdict, after = test.update(frame["event_timestamp"], losses, matured_until=window.end - delay, batch=batch)
-        if state is not None and batch < state["batch"]:
-            # Its days have been judged; a backfill out of order finds what is known and adds nothing.
-            return verdict, dict(state)
-        return verdict, {"batch": batch, "before": before, "test": after.to_json()}
-
-    name = re.sub(r"[^\w.+-]", "_", f"{champion.name}-{champion.version}")
-    uri = storage.join(state_dir, f"{name}.losses.json")
-    return change(context, f"mlops_drift_losses.{name}", uri, step)
-
-
-def _log_loss(label: Any, probability: Any) -> Any:
-    """Log loss by row, missing where the label or the prediction is."""
-    import numpy as np
-
-    from airflow_mlops.drift.harm import as_floats, log_losses
-
-    labels = as_floats(label)
-    return np.where(np.isnan(labels), np.nan, log_losses(labels, as_floats(probability))[0])
 
 
 def _estimate_table(report: PerformanceEstimate) -> str:
@@ -182,25 +145,6 @@ def _estimate_table(report: PerformanceEstimate) -> str:
         for name, m in report.metrics.items()
     ]
     return log_table(["metric", "expected", "low", "high", "reference"], rows)
-
-
-def read_predictions(uri: str, columns: list[str]) -> Any:
-    """The predictions as a ``pandas.DataFrame``; ``event_timestamp`` in UTC."""
-    import pandas as pd
-    import pyarrow as pa
-
-    from airflow_mlops.drift.profile import batches, column_names
-
-    wanted = ["event_timestamp", *columns]
-    absent = [name for name in wanted if name not in (present := column_names(uri))]
-    if absent:
-        raise DataError(
-            f"{uri} lacks {', '.join(absent)}; it has {', '.join(present)}. Set label_column and prediction_column."
-        )
-    found = list(batches(uri, wanted))
-    frame = pa.Table.from_batches(found).to_pandas() if found else pd.DataFrame(columns=wanted)
-    frame["event_timestamp"] = pd.to_datetime(frame["event_timestamp"], utc=True)
-    return frame
 
 
 def harm_table(report: HarmReport) -> str:

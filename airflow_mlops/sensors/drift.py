@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseSensorOperator, PokeReturnValue
@@ -25,7 +25,7 @@ from airflow_mlops.sensors._drift import (
     tagged_json,
 )
 from airflow_mlops.sensors._drift_evidence import Evidence, evidence_of, verdict_of
-from airflow_mlops.sensors._drift_ray import profile_by_job
+from airflow_mlops.sensors._drift_ray import ProfileJob, check_options
 from airflow_mlops.sensors._drift_report import short, small, to_mlflow, to_prometheus, write_page
 from airflow_mlops.sensors._drift_state import decide, why_held
 from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail, push_result, require
@@ -97,7 +97,7 @@ class DriftSensor(BaseSensorOperator):
     :param categorical: numeric columns whose numbers are names (templated)
     :param label_column: column of the label in ``predictions_uri`` (templated)
     :param predictions_uri: Parquet with ``event_timestamp``, the label and ``prediction_column``: needed to judge
-        harm (templated)
+        harm; the window's, but see ``loss_test`` (templated)
     :param prediction_column: the champion's probability of label 1 (templated)
     :param policy: :class:`~airflow_mlops.drift.DriftPolicy` or a mapping of its fields (templated)
     :param harm_policy: :class:`~airflow_mlops.drift.HarmPolicy` or a mapping of its fields (templated)
@@ -111,7 +111,9 @@ class DriftSensor(BaseSensorOperator):
         ``mlops.performance_uri``: JSON of a :class:`~airflow_mlops.drift.performance.CalibratedEstimate` (templated)
     :param loss_test: fields of a :class:`~airflow_mlops.drift.sequential.LossTest`, and ``label_delay`` such as
         ``"3d"``: the champion's log loss is tested over all windows since it serves, at every one of them, shown as
-        ``sequential``, and harm by it is harm. Kept where the hysteresis is (templated)
+        ``sequential``, and harm by it is harm. For labels that come after the check ``predictions_uri`` has to go
+        back beyond the window, as far as the delay; harm by the window goes by the window's rows alone then. Kept
+        where the hysteresis is (templated)
     :param hysteresis: fields of :class:`~airflow_mlops.drift.hysteresis.Hysteresis`, for example
         ``{"cooldown": "7d", "budget_per_window": 2, "window": "30d"}``; the score is 1 where the policy's tolerance is,
         2 at twice of it (templated)
@@ -120,7 +122,8 @@ class DriftSensor(BaseSensorOperator):
     :param engine: ``profile``; ``ray`` for the same profile, built by Ray Data in a job on a cluster; or ``evidently``
         for the verdict of Evidently's own preset and tests, on all rows in memory (templated)
     :param engine_options: with ``evidently`` arguments of its ``DataDriftPreset``, such as ``drift_share``; with
-        ``ray`` its ``runtime_env``, ``num_cpus`` of each task and ``poll_interval`` (templated)
+        ``ray`` the job's ``runtime_env`` and ``python`` (this interpreter if the cluster is on this machine, else
+        ``python``), ``num_cpus`` of each of its tasks and ``poll_interval`` (templated)
     :param ray_conn_id: connection of type ``ray``, for ``engine="ray"``; the cluster's image needs this package, and
         Ray and Airflow the same storage
     :param reference_uri: data that the champion was trained on, for ``engine="evidently"``; those named by the tag
@@ -244,6 +247,7 @@ class DriftSensor(BaseSensorOperator):
         self.evidently = evidently
         self.deferrable = deferrable
         self._seen: _Seen | None = None
+        self._job: ProfileJob | None = None
 
     def execute(self, context: Context) -> Any:
         """The result, once the data are there and, with ``on_stable="wait"``, ask for retraining."""
@@ -256,6 +260,11 @@ class DriftSensor(BaseSensorOperator):
     def execute_complete(self, context: Context, event: Mapping[str, Any], started: str) -> Any:
         """Go on after the trigger saw the data."""
         return self._wait_deferred(context, started=dt.datetime.fromisoformat(started))
+
+    def on_kill(self) -> None:
+        """Stop the job that builds the profile."""
+        if self._job is not None:
+            self._job.stop()
 
     def _wait_deferred(self, context: Context, started: dt.datetime) -> Any:
         result = self._look(context)
@@ -313,6 +322,8 @@ class DriftSensor(BaseSensorOperator):
             raise InvalidInputError(f"engine is {self.engine!r}; expected {' or '.join(ENGINES)}")
         if self.engine == "profile" and as_mapping(self.engine_options, "engine_options"):
             raise InvalidInputError("engine_options are for engine='ray' or 'evidently'; set it, or leave them out")
+        if self.engine == "ray":
+            check_options(as_mapping(self.engine_options, "engine_options"))
         self._limits()
 
     # --- the check ----------------------------------------------------------------------------------------------
@@ -384,7 +395,8 @@ class DriftSensor(BaseSensorOperator):
 
         def by_job(uri: str, *, columns: Sequence[str], categorical: Sequence[str]) -> Profile:
             output = report_uri.removesuffix(REPORT_SUFFIX) + ".profile.json"
-            return profile_by_job(self.log, self.ray_conn_id, uri, columns, categorical, output, options)
+            self._job = ProfileJob(self.log, self.ray_conn_id, options)
+            return self._job.profile(uri, columns, categorical, output)
 
         build = by_job if self.engine == "ray" else None
         reference, found = compare_window(reference, self.current_uri, columns, categorical, policy, season, build)
@@ -404,7 +416,11 @@ class DriftSensor(BaseSensorOperator):
         from airflow_mlops.drift import DriftPolicy
 
         if isinstance(self.policy, DriftPolicy):
-            return self.policy
+            given = self.policy
+            if given.max_age and given.as_of is None and window is not None:
+                given = replace(given, as_of=window.end.isoformat())
+            given.check()
+            return given
         fields = as_mapping(self.policy, "policy")
         if fields.get("max_age") and is_blank(fields.get("as_of")) and window is not None:
             fields["as_of"] = window.end.isoformat()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from airflow_mlops import storage
+from airflow_mlops.exceptions import ExternalSystemError
 from airflow_mlops.training.result import Usage
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Meter:
         if self.world_file is not None and self._workers_now:
             try:
                 self.hold(int(storage.read_json(self.world_file)))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, ExternalSystemError) as error:
                 log.debug("the number of workers is not known yet: %s", error)
         return self.read() + Usage(cpu_seconds=self._workers())
 

@@ -11,6 +11,7 @@ from typing import Any
 from airflow.triggers.base import BaseEventTrigger, BaseTrigger, TriggerEvent
 
 from airflow_mlops import storage
+from airflow_mlops.exceptions import ExternalSystemError
 
 REPORT_SUFFIX = ".drift.json"
 _DATA = (".parquet", ".pq", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
@@ -21,17 +22,15 @@ _FLUSH_SECONDS = 2.0
 
 def data_ready(uri: str) -> bool:
     """Whether there are data at ``uri``: a file, a directory with Parquet or CSV, or a glob with a match."""
-    import fsspec
-
-    fs, path = fsspec.core.url_to_fs(uri)
-    fs.invalidate_cache()
-    if any(mark in path for mark in "*?["):
-        return bool(fs.glob(path))
-    if fs.isdir(path):
-        files = (name[len(path) :].split("/") for name in fs.find(path) if name.lower().endswith(_DATA))
-        # What jobs hide behind a dot or an underscore is not there yet.
-        return any(not any(part[:1] in "._" for part in parts if part) for parts in files)
-    return bool(fs.exists(path))
+    fs, path = storage.fresh_filesystem(uri)
+    with storage.remote_errors(uri):
+        if any(mark in path for mark in "*?["):
+            return bool(fs.glob(path))
+        if fs.isdir(path):
+            files = (name[len(path) :].split("/") for name in fs.find(path) if name.lower().endswith(_DATA))
+            # What jobs hide behind a dot or an underscore is not there yet.
+            return any(not any(part[:1] in "._" for part in parts if part) for parts in files)
+        return bool(fs.exists(path))
 
 
 class DataReadyTrigger(BaseTrigger):
@@ -65,7 +64,7 @@ class DataReadyTrigger(BaseTrigger):
     async def _ready(self) -> bool:
         try:
             return await asyncio.to_thread(data_ready, self.uri)
-        except OSError as error:
+        except (OSError, ExternalSystemError) as error:
             self.log.warning("cannot look at %s: %s; trying again in %s s", self.uri, error, self.poll_interval)
             return False
 
@@ -152,7 +151,7 @@ class DriftEventTrigger(BaseEventTrigger):
             return await asyncio.to_thread(_reports, self.report_dir, self.model_name, looked)
         except FileNotFoundError:
             return {}
-        except OSError as error:
+        except (OSError, ExternalSystemError) as error:
             self.log.warning("cannot look at %s: %s; trying again in %s s", self.report_dir, error, self.poll_interval)
             return None
 
@@ -163,20 +162,17 @@ def _by_window(item: tuple[str, dict[str, Any]]) -> tuple[str, str]:
 
 def _reports(report_dir: str, model_name: str | None, looked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Reports that ask for retraining; ``looked`` remembers unchanged files, so that they are not read again."""
-    import fsspec
-
-    fs, root = fsspec.core.url_to_fs(storage.local_path(report_dir) if storage.is_local(report_dir) else report_dir)
-    fs.invalidate_cache()
-    if not fs.exists(root):
-        return {}
+    fs, root = storage.fresh_filesystem(report_dir)
+    with storage.remote_errors(report_dir):
+        files = fs.find(root, detail=True) if fs.exists(root) else {}
     found = {}
-    for path, info in fs.find(root, detail=True).items():
+    for path, info in files.items():
         if not path.endswith(REPORT_SUFFIX):
             continue
         mark = [str(info.get(key)) for key in ("size", "mtime", "ino", "ETag", "LastModified", "updated")]
         if path not in looked or looked[path][0] != mark:
             uri = path if storage.is_local(report_dir) else fs.unstrip_protocol(path)
-            looked[path] = (mark, _read(fs.cat_file(path), uri))
+            looked[path] = (mark, _read(storage.read_bytes(uri), uri))
         report = looked[path][1]
         if report and (model_name is None or report["payload"]["model"] == model_name):
             found[path.removeprefix(root).lstrip("/")] = report

@@ -3,7 +3,7 @@
 Evidently is measured on two smaller samples and continued to the full size by a straight line, since the full size
 takes it about a minute of CPU time and more than 2 GB; sorting makes it slower than that line.
 ``python -m tests.bench.drift --large`` measures 100 million rows of 50 columns on two threads instead: a file of a
-million rows, hard-linked 100 times.
+million rows, hard-linked 100 times. ``--names`` measures a million rows of columns with very many categories.
 """
 
 from __future__ import annotations
@@ -91,6 +91,30 @@ def measure_large(millions: int) -> list[dict[str, object]]:
     ]
 
 
+def measure_names() -> list[dict[str, object]]:
+    """Columns of text, and of whole numbers taken for names, with ten thousand to a million distinct values."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng, made = np.random.default_rng(0), {}
+    for distinct in (10_000, 30_000, 100_000, 300_000, ROWS):
+        made[f"text of {distinct:,}"] = pa.array([f"user-{i}" for i in rng.integers(0, distinct, ROWS)])
+    made["text, all distinct"] = pa.array([f"order-{i:09d}" for i in rng.permutation(ROWS)])
+    made["text of 32 characters, all distinct"] = pa.array([f"{i:032x}" for i in rng.integers(0, 2**63, ROWS)])
+    for distinct in (10_000, 100_000, ROWS):
+        made[f"numbers of {distinct:,}"] = pa.array(rng.integers(0, distinct, ROWS))
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        for what, values in made.items():
+            pq.write_table(pa.table({"c": values}), f"{name}/{what}.parquet", row_group_size=GROUP)
+        found = {what: _child("names", [Path(name) / f"{what}.parquet"]) for what in made}
+    whole = {"cpu": sum(one["cpu"] for one in found.values()) / len(found)}
+    return [
+        {"what": f"profile of {ROWS:,} rows of {what}, cells/s and core", "ours": f"{ROWS / one['cpu']:.2g}"}
+        for what, one in {**found, "all of these": whole}.items()
+    ]
+
+
 def _write(folder: Path, columns: int, names: list[str]) -> list[Path]:
     """Files of a million rows: floats, some with a tenth missing, whole numbers and text."""
     import numpy as np
@@ -146,6 +170,17 @@ def _profile(paths: list[str], threads: int) -> dict[str, Any]:
     return {**seconds, "peak": peak, "mib": peak - before}
 
 
+def _names(paths: list[str]) -> dict[str, Any]:
+    from airflow_mlops.drift import Profile
+
+    seconds = []
+    for _ in range(3):
+        cpu = time.process_time()
+        Profile.of(paths, categorical=["c"])
+        seconds.append(time.process_time() - cpu)
+    return {"cpu": min(seconds)}
+
+
 def _compare(paths: list[str]) -> dict[str, Any]:
     from airflow_mlops.drift import Profile, compare
 
@@ -174,14 +209,18 @@ def main() -> None:
     """One side of a measurement, or the large data set."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.drift", description=__doc__)
     parser.add_argument("--large", type=int, nargs="?", const=100, help="million rows of 50 columns, 100 by default")
-    parser.add_argument("--child", choices=["profile", "compare", "evidently"], help=argparse.SUPPRESS)
+    parser.add_argument("--names", action="store_true", help="columns with very many categories")
+    parser.add_argument("--child", choices=["profile", "compare", "evidently", "names"], help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child == "profile":
         print(json.dumps(_profile(arguments.paths, arguments.threads)))
     elif arguments.child:
-        print(json.dumps({"compare": _compare, "evidently": _evidently}[arguments.child](arguments.paths)))
+        children = {"compare": _compare, "evidently": _evidently, "names": _names}
+        print(json.dumps(children[arguments.child](arguments.paths)))
+    elif arguments.names:
+        print(json.dumps(measure_names(), indent=1))
     else:
         print(json.dumps(measure_large(arguments.large) if arguments.large else measure(), indent=1))
 

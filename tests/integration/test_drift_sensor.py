@@ -587,6 +587,10 @@ def test_data_are_fresh_as_of_the_end_of_the_window(champion, month, sensor, con
     assert (fresh["verdict"], fresh["broken_columns"]) == ("stable", [])
     stale = sensor(**made, policy={"max_age": {"event_timestamp": 60}}).execute(context)
     assert (stale["verdict"], stale["broken_columns"]) == ("drift", ["event_timestamp"])
+    for age, mapped in ((2 * 86400, fresh), (60, stale)):
+        assert sensor(**made, policy=DriftPolicy(max_age={"event_timestamp": age})).execute(context) == mapped
+    given = DriftPolicy(max_age={"event_timestamp": 60}, as_of="2013-04-20")
+    assert sensor(**made, policy=given).execute(context)["broken_columns"] == ["event_timestamp"], "as given"
 
 
 # --- evidence from scores and losses ------------------------------------------------------------------------------
@@ -627,6 +631,18 @@ def test_an_estimate_without_its_inputs_is_an_error(champion, month, sensor, con
         sensor(scores_column="champion").execute(context)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_no_row_with_a_score_is_not_enough_data(estimator, month, sensor, context, root, kind):
+    month()
+    none = pd.read_parquet(root / "predictions.parquet")[:0]
+    uri = f"{root}/none.{kind}"
+    none.to_parquet(uri) if kind == "parquet" else none.to_csv(uri, index=False)
+    made = {"predictions_uri": uri, "scores_column": "champion", "on_stable": "proceed"}
+    result = sensor(**made).execute(context)
+    assert (result["verdict"], result["estimate"]["verdict"]) == ("not_enough_data", "not_enough_data")
+    assert result["estimate"]["rows"] == 0
+
+
 def test_scores_that_are_not_there_are_named(estimator, month, sensor, context):
     month()
     with pytest.raises(AirflowFailException, match="lacks the scores_column score"):
@@ -665,6 +681,38 @@ def test_a_loss_that_has_risen_is_found_over_the_windows(champion, month, sensor
     late = sensor(**made).execute(of_month(4, **more))
     assert late["sequential"]["looks"] == looks[2], "an earlier window adds nothing"
     assert sensor(**made).execute(of_month(6, **more)) == found[2], "and leaves the newest as it was"
+
+
+def test_labels_that_come_days_after_their_window_are_counted_once(champion, month, sensor, root):
+    """Daily windows, labels three days late, one file that grows: each check counts the day that has matured."""
+    month(bias=-1.0)
+    april = pd.read_parquet(root / "predictions.parquet").sort_values("event_timestamp")
+    made = {"loss_test": {"label_delay": "3d"}, "on_stable": "proceed", "scores_column": None}
+    looks = []
+    for day in range(1, 9):
+        start, end = (dt.datetime(2013, 4, of, tzinfo=dt.timezone.utc) for of in (day, day + 1))
+        known = april["event_timestamp"] < end - dt.timedelta(days=3)
+        so_far = april[april["event_timestamp"] < end].assign(label=april["label"].astype("Int8").where(known))
+        so_far.to_parquet(root / "predictions.parquet")
+        context = {"ti": TaskInstance(), "run_id": "r", "data_interval_start": start, "data_interval_end": end}
+        result = sensor(**made).execute(context)
+        assert sensor(**made).execute(context) == result, "bit for bit"
+        looks.append((result["sequential"]["looks"], result["sequential"]["skipped"]))
+        assert storage.read_json(result["report_uri"])["harm"]["rows"] == 0, "the window's own labels are not in"
+    assert looks == [(0, 0), (0, 0), (0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 0)]
+
+
+def test_numbers_of_a_loss_test_may_be_text(champion, month, sensor, context, root):
+    month()
+    found = []
+    for given in (
+        {"epsilon": 0.05, "alpha": 0.02, "days": 7, "label_delay": 86400},
+        {"epsilon": "0.05", "alpha": "0.02", "days": "7", "label_delay": "86400"},
+        "{'epsilon': '0.05', 'alpha': '0.02', 'days': '7', 'label_delay': '1d'}",
+    ):
+        made = {"loss_test": given, "on_stable": "proceed", "state_dir": f"{root}/{len(found)}"}
+        found.append(sensor(**made).execute(context)["sequential"])
+    assert found[0] == found[1] == found[2] and found[0]["looks"] > 0
 
 
 @pytest.mark.parametrize(

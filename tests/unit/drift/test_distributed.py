@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from airflow_mlops.drift import Profile
+from airflow_mlops.drift.distributed import profile_on_ray
 from airflow_mlops.drift.profile import Plan, merged
 from airflow_mlops.drift.sources import open_source
 
@@ -46,3 +48,23 @@ def test_importing_the_distributed_profile_does_not_import_ray():
     code = "import sys, airflow_mlops.drift.distributed as d; assert d.profile_on_ray; print('ray' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_a_part_that_ends_its_worker_is_not_tried_for_ever(frame, tmp_path, monkeypatch):
+    """Ray Data's own default is to try for ever: of what it is asked, by a stand-in for it."""
+    asked = []
+
+    class Rows(list):
+        def map(self, function, **options):
+            asked.append(options)
+            return Rows(map(function, self))
+
+        def iter_rows(self):
+            return iter(self)
+
+    data = SimpleNamespace(from_items=lambda items, override_num_blocks: Rows(items))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=data))
+    monkeypatch.setitem(sys.modules, "ray.data", data)
+    frame.to_parquet(tmp_path / "x.parquet")
+    assert profile_on_ray(str(tmp_path), num_cpus=2).digest == Profile.of(frame).digest
+    assert asked == [{"num_cpus": 2, "max_retries": 3}]

@@ -146,6 +146,31 @@ def test_it_says_until_when_training_is_held_back():
     assert granted(replay(Hysteresis(rearm_after=5 * DAY), [1.2] * 11)[0]) == [0, 5, 10]
 
 
+@pytest.mark.parametrize(
+    ("more", "why", "until"),
+    [
+        ({"cooldown": 30 * DAY}, "cool-down since the training of 2013-01-01", "2013-01-31"),
+        ({"cooldown": 3 * DAY}, "cool-down since the training of 2013-01-01", "2013-01-08"),
+        ({"budget_per_window": 1, "window": 20 * DAY}, "1 training(s) in 20 days, the budget is 1", "2013-01-21"),
+    ],
+)
+def test_until_is_the_latest_of_all_that_holds_it_back(more, why, until):
+    """A date that is promised is the first on which a breach is granted."""
+    made = Hysteresis(rearm_after=7 * DAY, **more)
+    (_, held), _ = replay(made, [1.2, 1.2])
+    assert held.until == f"{until}T00:00:00+00:00"
+    assert held.reason == (
+        f"disarmed by the training of 2013-01-01 until a score is below 0.5, or until 2013-01-08; {why}"
+    )
+    days = granted(replay(made, [1.2] * 40)[0])
+    assert START + days[1] * DAY == dt.datetime.fromisoformat(held.until)
+
+
+def test_time_alone_lifts_no_hold_where_nothing_arms_again():
+    (_, held), _ = replay(Hysteresis(cooldown=30 * DAY), [1.2, 1.2])
+    assert held.until is None and "cool-down since the training of 2013-01-01" in held.reason
+
+
 def test_a_new_champion_arms_it_and_keeps_what_was_granted():
     limits = Hysteresis(cooldown=3 * DAY)
     first, state = replay(limits, [1.2, 1.2])

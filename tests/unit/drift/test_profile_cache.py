@@ -63,6 +63,25 @@ def test_changed_data_are_profiled_again(data, tmp_path, monkeypatch):
         profile_of(str(data), cache)
 
 
+def test_equal_bytes_that_are_read_otherwise_are_other_data(tmp_path, monkeypatch):
+    calls, cache = _counting(monkeypatch), str(tmp_path / "cache")
+    content = b"a\tb,c\n1\t2,3\n4\t5,6\n"
+    for name in ("x.csv", "x.tsv", "y.csv"):
+        (tmp_path / name).write_bytes(content)
+    assert list(profile_of(f"{tmp_path}/x.csv", cache).columns) == ["a\tb", "c"]
+    assert list(profile_of(f"{tmp_path}/x.tsv", cache).columns) == ["a", "b,c"]
+    assert list(profile_of(f"{tmp_path}/y.csv", cache).columns) == ["a\tb", "c"] and len(calls) == 2, "found again"
+    with pytest.raises(DataError, match=r"cannot read .*x\.parquet"):
+        (tmp_path / "x.csv").rename(tmp_path / "x.parquet")
+        profile_of(f"{tmp_path}/x.parquet", cache)
+
+
+def test_a_folder_does_not_say_how_its_files_are_read(tmp_path):
+    (tmp_path / "from.tsv").mkdir()
+    (tmp_path / "from.tsv" / "x.csv").write_text("a,b\n1,2\n")
+    assert list(Profile.of(f"{tmp_path}/from.tsv/x.csv").columns) == ["a", "b"]
+
+
 @pytest.mark.parametrize("damage", ["", "{", "{}", None], ids=["empty", "torn", "foreign", "newer"])
 def test_a_damaged_profile_is_made_again(data, tmp_path, damage):
     cache = tmp_path / "cache"

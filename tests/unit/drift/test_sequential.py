@@ -240,6 +240,45 @@ def test_a_batch_that_is_given_again_replaces_itself():
     assert list(test.state.waiting) == ["2013-01-02"]
 
 
+def test_rows_read_again_count_once_whatever_the_spans(rng):
+    """Days, hours, sliding weeks and all since the first open day make the same test of the same rows."""
+    times, losses = data(rng, 12, 0.55, rows=24)
+    times = times.dt.floor("D") + pd.to_timedelta(np.tile(np.arange(24), 12), "h")
+    whole, test = run(LossTest(REFERENCE, days=2), times, losses)
+
+    def replay(step, length=None, delay="0h"):
+        made, verdict = LossTest(REFERENCE, days=2), None
+        for end in pd.date_range(START + pd.Timedelta(step), START + pd.Timedelta("13D"), freq=step):
+            since = (made.open_from or START) if length is None else end - pd.Timedelta(length)
+            inside = (times >= since) & (times < end)
+            shown = np.where(times < end - pd.Timedelta(delay), losses, np.nan)
+            verdict, made = made.update_from(
+                times[inside], shown[inside], since=since, until=end, matured_until=end - pd.Timedelta(delay)
+            )
+            made = LossTest.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False)))
+        return verdict, made
+
+    for step, length in [("1D", "1D"), ("6h", "6h"), ("1D", "7D"), ("6h", "30h"), ("1D", None), ("5h", "5h")]:
+        verdict, made = replay(step, length)
+        assert verdict == whole and made.state.capital.to_json() == test.state.capital.to_json(), (step, length)
+        assert made.state.rows == 12 * 24
+    verdict, made = replay("1D", delay="1D")
+    assert verdict == whole, "labels a day late are found by reading from the first open day on"
+    verdict, made = replay("1D", "1D", delay="1D")
+    assert verdict.verdict == "not_enough_data" and verdict.skipped == 6
+
+
+def test_a_reading_with_fewer_rows_of_a_day_does_not_replace_it():
+    times, test, end = pd.Series([START] * 3), LossTest(REFERENCE), START + pd.Timedelta("1D")
+    _, test = test.update_from(times, [0.5, 0.6, 0.7], since=START, until=end, matured_until=START)
+    _, test = test.update_from(times[:1], [9.0], since=START, until=end, matured_until=START)
+    assert test.unlabelled(end) == 0 and test.open_from == START
+    verdict, test = test.update_from(times, [1.5, 1.6, 1.7], since=START, until=end, matured_until=end)
+    assert (verdict.looks, verdict.mean, test.open_from) == (1, pytest.approx(1.6), end)
+    verdict, _ = test.update_from(times, [0.5, 0.6, 0.7], since=START, until=end, matured_until=end)
+    assert (verdict.looks, verdict.late_rows) == (1, 0), "a day that was judged is final"
+
+
 def test_days_without_their_labels_are_left_out_and_too_many_are_never_stable(rng):
     times, losses = data(rng, 10)
     losses[: 6 * 20 : 2] = np.nan
@@ -345,6 +384,17 @@ def test_wrong_input_is_an_error():
 def test_parameters_out_of_range_are_refused(wrong, message):
     with pytest.raises(InvalidInputError, match=message):
         replace(LossTest(REFERENCE), **wrong).update([], [], matured_until=START, batch="a")
+
+
+def test_parameters_may_be_text_as_templates_render_them():
+    given = {"alpha": "0.05", "epsilon": "0", "days": "7", "zone": "Europe/Zurich"}
+    made = LossTest.from_fields(REFERENCE, given)
+    assert made == LossTest(REFERENCE, alpha=0.05, epsilon=0, days=7, zone="Europe/Zurich")
+    for wrong in ({"state": {}}, {"reference": 0.4}, {"label_delay": "1d"}):
+        with pytest.raises(InvalidInputError, match="unknown field"):
+            LossTest.from_fields(REFERENCE, wrong)
+    with pytest.raises(InvalidInputError, match="alpha is 'much'"):
+        LossTest.from_fields(REFERENCE, {"alpha": "much"})
 
 
 def test_a_damaged_state_is_refused(rng):

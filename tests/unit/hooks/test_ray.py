@@ -224,6 +224,7 @@ def test_cluster_behind_an_api_server(proxied):
     ok, message = RayJobsHook().test_connection()
     assert ok and message.endswith("/api/v1/namespaces/training/services/cluster-head-svc:8265/proxy")
     assert "cluster-token" not in repr(RayJobsHook().endpoint)
+    assert RayJobsHook().python == "python", "the API server may be on this machine, the cluster is not"
 
 
 def test_api_server_that_refuses_is_told_from_ray_that_does(proxied):
