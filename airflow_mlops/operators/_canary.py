@@ -92,7 +92,8 @@ def ask(context: Context, text: tuple[str, str], assigned_users: Any) -> None:
 
     subject, body = text
     users = assigned_users or None
-    upsert_hitl_detail(context["ti"].id, [APPROVE, REJECT], subject, body, assigned_users=users)
+    # The API server refuses a question whose form is None.
+    upsert_hitl_detail(context["ti"].id, [APPROVE, REJECT], subject, body, params={}, assigned_users=users)
 
 
 class Asker:

@@ -349,13 +349,13 @@ def test_xcoms_are_small(loop: Any, april: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def users(loop: Any, april: dict[str, Any]) -> Iterator[None]:
+def users(loop: Any, month: str) -> Iterator[None]:
     """People who ask the route for forecasts for as long as the context lasts."""
     import pandas as pd
 
     from airflow_mlops.rollout.replay import frame_rows, replay
 
-    rows = loop.result(april["run_id"], "monitor.month_set")
+    rows = loop.result(month, "monitor.month_set")
     frame = pd.read_parquet(rows["uri"]).head(20_000)
     requests, stopped = frame_rows(frame, rows["features"], rows["label"], "by-hand-"), threading.Event()
     options = {"concurrency": 2, "rate": 100, "stop_when": lambda state: stopped.is_set(), "batch_size": 5}
@@ -368,7 +368,7 @@ def users(loop: Any, april: dict[str, Any]) -> Iterator[None]:
     assert failed == [0], "no request may fail because of the switch"
 
 
-def test_any_version_goes_out_with_somebodys_approval_and_comes_back(loop: Any, april: dict[str, Any]) -> None:
+def test_any_version_goes_out_with_somebodys_approval_and_comes_back(loop: Any, march: str) -> None:
     client, before = loop.mlflow.client, loop.aliases()["champion"]
     champion = client.get_model_version(MODEL, before)
     # The very same model under another number: only a wrong judge would find it worse.
@@ -382,7 +382,7 @@ def test_any_version_goes_out_with_somebodys_approval_and_comes_back(loop: Any, 
         "guardrails": [{"kind": "errors", "tolerance": 0.02}, {"kind": "latency", "factor": 4, "tolerance": 0.3}],
     }
     run_id = loop.trigger(conf, "progressive_rollout")
-    with users(loop, april):
+    with users(loop, march):
         asked = loop.answer(run_id, "roll_out", "progressive_rollout", "Approve")
         assert f"version {twin}" in asked["subject"] and asked["options"] == ["Approve", "Reject"]
         assert loop.route()["weight"] == 50, "a step that waits for a person keeps its traffic"
@@ -401,13 +401,13 @@ def test_any_version_goes_out_with_somebodys_approval_and_comes_back(loop: Any, 
     assert client.get_model_version(MODEL, twin).tags["mlops.rolled_back_reason"] == "an exercise"
 
 
-def test_a_rollout_that_somebody_rejects_is_rolled_back(loop: Any, april: dict[str, Any]) -> None:
+def test_a_rollout_that_somebody_rejects_is_rolled_back(loop: Any, march: str) -> None:
     client, before = loop.mlflow.client, loop.aliases()["champion"]
     champion = client.get_model_version(MODEL, before)
     client.create_model_version(MODEL, champion.source, champion.run_id)
     conf = {"model_name": MODEL, "steps": [{"weight": 50, "approval": True}, 100], "min_requests": 20}
     run_id = loop.trigger({**conf, "bake_seconds": 0, "deadline_seconds": 600}, "progressive_rollout")
-    with users(loop, april):
+    with users(loop, march):
         loop.answer(run_id, "roll_out", "progressive_rollout", "Reject")
         assert loop.finished(run_id, dag_id="progressive_rollout")["roll_out"] == "failed"
     assert "was rolled back" in loop.log(run_id, "roll_out", "progressive_rollout")
