@@ -169,13 +169,14 @@ def check_mergeable(name: str, first: tuple[str, str], second: tuple[str, str], 
         raise DataError(
             f"column {name} is {first[0]} ({first[1]}) {here} {second[0]} ({second[1]}) {there}; give it one type"
         )
-    if first[0] == "time" and _zone(first[1]) != _zone(second[1]):
+    if first[0] == "time" and zone_of(first[1]) != zone_of(second[1]):
         raise DataError(
             f"column {name} is {first[1]} {here} {second[1]} {there}: times in different zones, or with a zone and "
             "without, are not one column. Convert it to UTC everywhere."
         )
 
 
-def _zone(type_: str) -> str | None:
+def zone_of(type_: str) -> str | None:
+    """The zone of a type of times, None without one."""
     found = re.search(r"tz=([^\]]+)", type_)
     return None if not found else "UTC" if found[1] in _UTC else found[1]

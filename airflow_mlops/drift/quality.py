@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from airflow_mlops.drift.column import Column
+from airflow_mlops.drift.column import Column, zone_of
 from airflow_mlops.drift.histogram import edges
 from airflow_mlops.drift.limits import DriftPolicy
 
@@ -32,6 +32,11 @@ def find_break(name: str, reference: Column, current: Column, policy: DriftPolic
         return "all missing: the current data have no usable value in this column"
     if current.kind != reference.kind:
         return f"type changed: {reference.type} in the reference, {current.type} now"
+    if reference.kind == "time" and (zone_of(reference.type) is None) != (zone_of(current.type) is None):
+        return (
+            f"type changed: {reference.type} in the reference, {current.type} now: with a zone and without; write both "
+            "in UTC"
+        )
     return _missing(reference, current, policy) or _outside(name, current, policy) or _old(name, current, policy)
 
 

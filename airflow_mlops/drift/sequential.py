@@ -280,6 +280,11 @@ class LossTest:
         day = day_of(dt.datetime.fromisoformat(self.state.matured_until), self.zone).astimezone(ZoneInfo(self.zone))
         return end_of(cluster_of(day.date().isoformat(), self.days), 0, self.zone)
 
+    def differs(self, other: LossTest) -> list[str]:
+        """The parameters that another test has otherwise; what the two have seen does not matter."""
+        names = (*_RANGES, "zone", "reference")
+        return sorted(name for name in names if getattr(self, name) != getattr(other, name))
+
     def unlabelled(self, before: dt.datetime) -> int:
         """Clusters that are over by ``before`` and wait with too few labels to be judged."""
         found = 0

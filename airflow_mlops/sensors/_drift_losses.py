@@ -163,6 +163,10 @@ class _Judge:
     def _judge(self, before: Mapping[str, Any] | None) -> tuple[LossVerdict, dict[str, Any]]:
         from airflow_mlops.drift.sequential import LossTest
 
+        anew = ""
+        if before is not None and (changed := self.fresh.differs(LossTest.from_json(before["test"]))):
+            anew = f"begun anew with this window, since its settings have changed: {', '.join(changed)}"
+            before = None
         test = self.fresh if before is None else LossTest.from_json(before["test"])
         spans = self._spans([] if before is None else before["spans"])
         begin = spans[0][0] if test.open_from is None else max(test.open_from, spans[0][0])
@@ -180,6 +184,8 @@ class _Judge:
                 f"{begin.isoformat()}"
             )
             verdict = replace(verdict, reasons=(reason, *verdict.reasons))
+        if anew:
+            verdict = replace(verdict, reasons=(anew, *verdict.reasons))
         kept = [[a.isoformat(), b.isoformat()] for a, b in spans if b > (after.open_from or a)]
         return verdict, {
             "test": after.to_json(),
@@ -191,7 +197,7 @@ class _Judge:
         spans = [(dt.datetime.fromisoformat(a), dt.datetime.fromisoformat(b)) for a, b in before]
         if spans and spans[-1][1] >= self.served:
             return [*spans[:-1], (spans[-1][0], max(spans[-1][1], self.window.end))]
-        return [*spans, (min(self.served, self.window.start), self.window.end)]
+        return [*spans, (self.served if spans else self.window.start, self.window.end)]
 
     def _rows(self, begin: dt.datetime, test: LossTest) -> tuple[Any, dt.datetime]:
         """What there is from ``begin`` on, or from where the predictions begin; and from when on that is."""

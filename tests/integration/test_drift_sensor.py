@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -296,10 +297,101 @@ def test_wrong_parameters_fail_at_once_and_say_why(champion, month, sensor, cont
         sensor(**kwargs).execute(context)
 
 
-def test_data_of_another_dataset_are_refused(champion, sensor, context, root):
-    pd.DataFrame({"z": [1.0]}).to_parquet(root / "month.parquet")
-    with pytest.raises(AirflowFailException, match="none of the columns of the champion's profile: it has z"):
-        sensor().execute(context)
+def spoilt_parquet(root, of):
+    """The month in three files, of which ``of`` spoils the second."""
+    content = (root / "month.parquet").read_bytes()
+    (root / "month.parquet").unlink()
+    (root / "month.parquet").mkdir()
+    for i in range(3):
+        (root / f"month.parquet/{i}.parquet").write_bytes(of(content) if i == 1 else content)
+
+
+def two_zones(root):
+    for zone in ("UTC", None):
+        when = pd.Series(pd.date_range("2013-04-01", periods=600, freq="h", tz=zone))
+        pd.DataFrame({"temp": 0.0, "when": when}).to_parquet(root / f"{zone}.parquet")
+    spoilt_parquet(root, lambda content: (root / "None.parquet").read_bytes())
+    for i in (0, 2):
+        (root / f"month.parquet/{i}.parquet").write_bytes((root / "UTC.parquet").read_bytes())
+
+
+def rewrite(path, **changes):
+    storage.write_json(str(path), {**storage.read_json(str(path)), **changes})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kwargs", "message"),
+    [
+        (
+            lambda root, client: pd.DataFrame({"temp": pd.Series([], dtype=float)}).to_parquet(root / "month.parquet"),
+            {},
+            r"month\.parquet has no rows; a profile needs data\. Check the window that was asked for",
+        ),
+        (
+            lambda root, client: pd.DataFrame({"z": [1.0]}).to_parquet(root / "month.parquet"),
+            {},
+            "month.parquet has none of the columns of the champion's profile: it has z, the profile carrier, delay, "
+            "hour, temp. Point current_uri at the feature set the model reads",
+        ),
+        (
+            lambda root, client: pd.DataFrame({"temp": [[1.0], [2.0]]}).to_parquet(root / "month.parquet"),
+            {},
+            "column temp has type list.*a profile takes numbers, text, booleans and times. Leave it out with columns=",
+        ),
+        (
+            lambda root, client: two_zones(root),
+            {"columns": ["temp", "when"]},
+            r"column when is timestamp\[.s, tz=UTC\] in .*0\.parquet, and timestamp\[.s\] in .*1\.parquet: times in "
+            "different zones, or with a zone and without, are not one column. Convert it to UTC everywhere",
+        ),
+        (
+            lambda root, client: spoilt_parquet(root, lambda content: content[:-400]),
+            {},
+            r"cannot read .*month\.parquet/1\.parquet: .*magic bytes.* Write it again, or leave it out of the window",
+        ),
+        (
+            lambda root, client: rewrite(root / "profile.json", profile_version=99),
+            {},
+            "the profile has version 99, this airflow-mlops reads up to 2: upgrade airflow-mlops here, or build the "
+            "profile again with this version",
+        ),
+        (
+            lambda root, client: client.delete_model_version_tag(MODEL, "1", "mlops.profile_uri"),
+            {},
+            r"flights_delay version 1 has no training profile \(tag mlops\.profile_uri\); register the version with "
+            "MlflowRegisterOperator, or write the JSON and set it: ",
+        ),
+    ],
+    ids=["empty", "nothing in common", "nested", "zones", "corrupt", "newer profile", "no profile"],
+)
+def test_what_cannot_be_compared_says_what_is_wrong_and_how_to_mend_it(
+    champion, month, sensor, context, root, client, spoil, kwargs, message
+):
+    month()
+    spoil(root, client)
+    with pytest.raises(AirflowFailException, match=message):
+        sensor(retrain_on=["drift"], predictions_uri=None, **kwargs).execute(context)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda frame: frame.drop(columns="delay"), "delay: missing: the current data lack this column"),
+        (lambda frame: frame.assign(delay="late"), "delay: type changed: double in the reference, string now"),
+        (lambda frame: frame.assign(delay=np.nan), "delay: all missing: the current data have no usable value"),
+        (lambda frame: frame.assign(delay=np.inf), "delay: all missing: the current data have no usable value"),
+        (
+            lambda frame: frame.assign(delay=frame["delay"].mask(frame.index % 4 == 0, -np.inf)),
+            "delay: missing values: 0.0% in the reference, 25.0% now, 1000 of them infinite",
+        ),
+        (lambda frame: frame.assign(delay=3.5), r"delay: wasserstein 1.*\(at least 0\.1\), adjusted p below 1e-16"),
+    ],
+    ids=["gone", "type", "missing", "infinite", "partly infinite", "constant"],
+)
+def test_the_verdict_on_spoilt_columns_says_what_is_wrong(champion, month, sensor, context, change, reason):
+    month(change=change)
+    result = sensor(on_stable="proceed", retrain_on=["drift"], predictions_uri=None).execute(context)
+    assert result["verdict"] == "drift" and re.match(f"drift: {reason}", result["reasons"][0])
 
 
 def test_data_that_do_not_come_time_out(champion, sensor, context):

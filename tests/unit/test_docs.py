@@ -30,6 +30,7 @@ WORDS = {
     "event_timestamp",
     "label_delay",
     "threads",
+    "s3",
     "ray",
 }
 WORDS |= {"data", "prediction", "quality", "calendar", "broken", "estimate", "proceed", "skip", "wait", "state"}

@@ -496,6 +496,19 @@ def test_stale_times_are_a_break(rng, zone):
     assert report.breaks["t"].startswith("times in the future")
 
 
+@pytest.mark.parametrize("zones", [("UTC", None), (None, "Europe/Berlin")])
+def test_times_with_a_zone_and_without_are_a_break(rng, zones):
+    times = pd.date_range("2013-01-01", periods=3_000, freq="h")
+    before, now, berlin = (
+        pd.DataFrame({"x": rng.normal(size=3_000), "t": times.tz_localize("UTC").tz_convert(zone)})
+        for zone in (*zones, "Europe/Berlin")
+    )
+    report = judge(before, now)
+    assert report.verdict == "drift" and report.kinds["quality"] == "broken"
+    assert report.breaks["t"].startswith("type changed: timestamp[") and "write both in UTC" in report.breaks["t"]
+    assert judge(before.assign(t=times.tz_localize("UTC")), berlin).breaks == {}, "the same instants"
+
+
 def test_missing_values_that_come_and_go_by_chance_are_no_break(rng):
     """Half of the values missing on both sides, 600 rows, 100 columns: a rise of a tenth is chance."""
     names = [f"x{i}" for i in range(100)]

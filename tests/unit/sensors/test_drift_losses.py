@@ -42,8 +42,8 @@ def reference(rows):
 def check(tmp_path, rows, reference):
     """Judges a window; ``back`` days of rows before it are in the predictions, labels are ``late`` days late."""
 
-    def made(start, days=1.0, *, back=99.0, late=0.0, version="1", delay=None, bias=0.0, **fields):
-        window = Window(START + start * DAY, START + (start + days) * DAY)
+    def made(start, length=1.0, *, back=99.0, late=0.0, version="1", delay=None, bias=0.0, **fields):
+        window = Window(START + start * DAY, START + (start + length) * DAY)
         times = rows["event_timestamp"]
         shown = rows[(times >= window.start - back * DAY) & (times < window.end + 5 * DAY)].copy()
         shown["label"] = shown["label"].astype("Int8").where(shown["event_timestamp"] < window.end - late * DAY)
@@ -142,6 +142,31 @@ def test_a_negative_delay_is_refused(check):
 
 
 def test_the_state_is_json_and_small(check, tmp_path):
-    check(0, days=30, late=29)
+    check(0, 30, late=29)
     text = (tmp_path / "state" / "m-1.losses.json").read_text()
     assert len(text) < 20_000 and json.loads(text)["before"] is None
+
+
+@pytest.mark.parametrize(
+    "changed", [{"alpha": 0.05}, {"epsilon": 0.1}, {"correlation": 0.0}, {"days": 2}, {"zone": "Asia/Tokyo"}]
+)
+def test_other_settings_start_anew_and_say_so(check, changed):
+    for day in range(5):
+        old = check(day)
+    anew = check(5, **changed)
+    assert anew.looks <= 1 < old.looks and anew.reasons[0] == (
+        f"begun anew with this window, since its settings have changed: {next(iter(changed))}"
+    )
+    assert check(5, **changed) == anew, "judged again"
+    assert check(6, **changed).looks <= 2 and "anew" not in str(check(6, **changed).reasons)
+
+
+def test_settings_that_were_put_back_go_on_where_they_were(check):
+    before = [check(day) for day in range(3)][-1]
+    assert check(3, alpha=0.05).looks == 1
+    assert check(3).looks == before.looks + 1, "the same window, with the settings before it"
+
+
+def test_equal_settings_as_text_go_on(check):
+    check(0, alpha=0.05, days=1)
+    assert check(1, alpha="0.05", days="1").looks == 2
