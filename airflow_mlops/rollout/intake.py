@@ -12,6 +12,9 @@ from airflow_mlops.rollout.observation import Counters, Observation, arm_problem
 from airflow_mlops.rollout.terms import Part
 
 ARMS = ("stable", "canary")
+#: A replica whose counters start anew in so many of so many looks is not believed in between either: after the next
+#: restart they may by chance be larger than before.
+RESTARTS, OF_LOOKS = 3, 10
 
 
 @dataclass
@@ -44,10 +47,12 @@ class Intake:
         state = state or {}
         self.names: list[list[str]] = [list(names) for names in state.get("names", [[], []])]
         self.last: dict[str, Any] | None = state.get("last")
+        #: By arm and replica the latest looks as bits, those in which it started anew set.
+        self.restarts: dict[str, int] = dict(state.get("restarts", {}))
 
     def state(self) -> dict[str, Any]:
         """Small JSON."""
-        return {"names": self.names, "last": self.last}
+        return {"names": self.names, "last": self.last, "restarts": self.restarts}
 
     def restart(self) -> None:
         """Take the next observation as the first."""
@@ -121,7 +126,10 @@ class Intake:
             kept = 0
             for replica, readings in now.items():
                 old = before.get(replica)
-                if old is not None and not _backwards(readings, old):
+                anew = old is not None and _backwards(readings, old)
+                if problem := self._restarting(arm, replica, anew):
+                    return problem
+                if old is not None and not anew:
                     kept += 1
                     look.requests[arm] += readings[0] - old[0]
                     self._add_parts(look, arm, int(replica), readings, old)
@@ -146,6 +154,20 @@ class Intake:
             return "counts of routed requests went backwards"
         look.routed = (stable, canary)
         return look
+
+    def _restarting(self, arm: int, replica: str, anew: bool) -> str | None:
+        """Remember whether a replica has started anew; says so when it keeps doing that."""
+        key = f"{arm}:{replica}"
+        seen = (self.restarts.pop(key, 0) << 1 | anew) & (1 << OF_LOOKS) - 1
+        if seen:
+            self.restarts[key] = seen
+        if seen.bit_count() < RESTARTS:
+            return None
+        name = self.names[arm][int(replica)]
+        return (
+            f"the counters of the {ARMS[arm]} arm{f', replica {name},' if name else ''} keep starting anew: "
+            f"{seen.bit_count()} times in {OF_LOOKS} looks"
+        )
 
     def _add_parts(self, look: Look, arm: int, replica: int, readings: Sequence[Any], old: Sequence[Any]) -> None:
         requests = [readings[0] - old[0]]

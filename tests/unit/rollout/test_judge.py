@@ -306,3 +306,18 @@ def test_what_was_shown_is_no_pass_for_an_arm_that_fell_silent(route, arm):
     for _ in range(3):
         verdict = judge.observe(dataclasses.replace(world.look(10), **{arm: frozen}))
         assert verdict.decision == "HOLD" and f"no requests in the {arm} arm since the last look" in verdict.reasons
+
+
+def test_counters_that_keep_starting_anew_are_never_a_pass(route):
+    """After a restart a count may by chance be larger than the one before: what lies between says nothing."""
+    judge, world = Judge(ONE_STEP, [Guardrail.errors()]), route(1)
+    for look in range(200):
+        seen, counters = world.look(judge.weight), {}
+        for arm, share in (("stable", 9), ("canary", 1)):
+            # Down every other look, and up in between.
+            requests = share * (1000 if look % 2 else 100)
+            counters[arm] = {"": {"counts": {"requests": requests, "errors": requests // 200}}}
+        verdict = judge.observe(dataclasses.replace(seen, **counters, routed=None))
+        assert verdict.decision == "HOLD"
+        judge = Judge(ONE_STEP, [Guardrail.errors()], json.loads(json.dumps(judge.state())))
+    assert "keep starting anew" in verdict.reasons[0]
