@@ -41,8 +41,8 @@ REPOSITORY = os.environ.get("MLOPS_FEATURE_REPO", str(pathlib.Path(__file__).par
 # feature_store.yaml keeps its registry and its online store below the same folder.
 os.environ["MLOPS_ROOT"] = ROOT
 
-# What a week of held-out flights can show: each margin is the worst that is accepted, at the policy's error rates. On one
-# machine the versions wait for the training and for each other, so of latency only much counts.
+# What a week of held-out flights can show: each margin is the worst that is accepted, at the policy's error rates. On
+# one machine the versions wait for the training and for each other, so of latency only much counts.
 GUARDRAILS = [
     {"kind": "errors", "tolerance": 0.01},
     {"kind": "latency", "factor": 3, "tolerance": 0.2},
