@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 UNBALANCED = (0.5, 0.7, 0.8, 0.9, 1.11, 1.25, 1.43, 2.0)
 WORSE = (1.25, 1.6, 2.0, 3.0, 5.0, 10.0, 30.0)
-MAX_LOG = 300.0
+MOST = 1e12
+"""E-values are told up to here: databases turn a larger float into an integer that not every reader takes."""
 
 
 def log_mean_exp(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
@@ -33,8 +34,8 @@ def log_mean_exp(values: Sequence[float], weights: Sequence[float] | None = None
 
 
 def bounded(log_e: float) -> float:
-    """An e-value that is a finite number in JSON."""
-    return round(math.exp(max(min(log_e, MAX_LOG), -MAX_LOG)), 6)
+    """An e-value that is a number of moderate size in JSON."""
+    return round(math.exp(max(min(log_e, math.log(MOST)), -math.log(MOST))), 6)
 
 
 def sample_ratio_logs(logs: Sequence[float], share: float, routed: tuple[int, int]) -> list[float]:

@@ -321,3 +321,15 @@ def test_counters_that_keep_starting_anew_are_never_a_pass(route):
         assert verdict.decision == "HOLD"
         judge = Judge(ONE_STEP, [Guardrail.errors()], json.loads(json.dumps(judge.state())))
     assert "keep starting anew" in verdict.reasons[0]
+
+
+def test_no_number_of_a_verdict_outgrows_what_airflow_can_pass_on(route):
+    """PostgreSQL gives 1.2e+22 back as an integer, and Airflow's own messages end at 64 bits."""
+    judge, world = Judge(FAST, [Guardrail.errors(), Guardrail.latency()]), route(2, traffic=200_000)
+    for _ in range(20):
+        verdict = judge.observe(world.look(judge.weight))
+        if verdict.final:
+            break
+    numbers = [value for account in verdict.guardrails.values() for value in account.values()]
+    assert max(value for value in numbers if isinstance(value, float)) == 1e12
+    assert all(abs(value) < 2**63 for value in numbers if isinstance(value, int | float))
