@@ -331,5 +331,5 @@ def test_no_number_of_a_verdict_outgrows_what_airflow_can_pass_on(route):
         if verdict.final:
             break
     numbers = [value for account in verdict.guardrails.values() for value in account.values()]
-    assert max(value for value in numbers if isinstance(value, float)) == 1e12
+    assert max(value for value in numbers if isinstance(value, float)) > 1e11
     assert all(abs(value) < 2**63 for value in numbers if isinstance(value, int | float))
