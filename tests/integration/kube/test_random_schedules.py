@@ -181,7 +181,7 @@ class Run:
 
     def play(self) -> None:
         self._next_try()
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 240
         while self.result is None:
             assert time.monotonic() < deadline, "the run does not end"
             self.wake.wait(0.02)
@@ -205,7 +205,7 @@ class Run:
         label, kuberay = run_label(spec), self.world.kuberay
         assert kuberay.max_overlap.get(label, 0) <= 1, f"{kuberay.max_overlap[label]} attempts had pods at one time"
         assert kuberay.max_running.get(label, 0) <= 1, f"{kuberay.max_running[label]} attempts ran at one time"
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while left := self._left():
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(0.02)
