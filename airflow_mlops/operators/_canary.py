@@ -122,7 +122,7 @@ class Asker:
         return answer_of(event, verdict.step)
 
 
-def answer_of(event: Mapping[str, Any], step: int) -> Answer:
+def answer_of(event: Mapping[str, Any], step: int | None) -> Answer:
     """What Airflow says that somebody answered."""
     from airflow_mlops.rollout.controller import Answer
 

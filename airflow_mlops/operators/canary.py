@@ -211,7 +211,7 @@ class CanaryPromoteOperator(BaseOperator):
         with permanent_errors_fail():
             spec, place = self._spec(context), self._place()
             if "chosen_options" in event:
-                answer = answer_of(event, -1 if asked is None else asked)
+                answer = answer_of(event, asked)
                 self.log.info("%s by %s", "approved" if answer.approved else "rejected", answer.by)
                 self._defer(spec, place, before=_stored(context), asked=answer.step, answer=asdict(answer))
             if event["status"] == "approval":

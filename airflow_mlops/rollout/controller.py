@@ -30,12 +30,12 @@ T = TypeVar("T")
 class Answer:
     """What a person said of a step that waits for one.
 
-    :param step: index of the step
+    :param step: index of the step; None for whichever waits
     :param approved: whether the rollout may leave it upwards
     :param by: who said so
     """
 
-    step: int
+    step: int | None
     approved: bool
     by: str
 
@@ -51,6 +51,8 @@ class Hands:
     :param on_look: told every verdict, for the log
     :param ask: asked for a person's answer at every look of a step that waits for one; None while there is none. It
         may raise to leave the rollout as it is, to be continued by another process
+    :param answer: what somebody has said already, also of a step that does not wait at the moment: a refusal acts at
+        once
     :param keep: told the rollout's state after every look
     :param clock: seconds
     :param sleep: waits for seconds
@@ -58,6 +60,7 @@ class Hands:
 
     on_look: Callable[[Verdict], None] = lambda verdict: None
     ask: Callable[[Verdict], Awaitable[Answer | None]] = _nobody
+    answer: Answer | None = None
     keep: Callable[[Mapping[str, Any]], None] = lambda annotation: None
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep
@@ -135,6 +138,8 @@ async def run_rollout(
     progress, judge = begun, begun.judge
     if not progress.since:
         progress.begin_step(clock())
+    _take_in(judge, hands.answer, clock())
+    asked: int | None = None
     while True:
         state = await _look(target)
         if isinstance(state, TargetState) and not _holds(state, spec):
@@ -144,8 +149,10 @@ async def run_rollout(
         )
         weight = judge.weight
         verdict = judge.observe(observation)
-        if verdict.decision == APPROVE and (answer := await hands.ask(verdict)) is not None:
-            judge.approve(answer.step, answer.approved, answer.by, clock())
+        asked = verdict.step if verdict.decision == APPROVE else asked
+        # Once asked, somebody may answer while the numbers have come to be open again.
+        if asked == verdict.step and not verdict.final:
+            _take_in(judge, await hands.ask(verdict), clock())
         hands.on_look(verdict)
         progress.history.add(clock(), verdict)
         if verdict.final or verdict.decision == PROMOTE_STEP:
@@ -179,6 +186,15 @@ async def run_rollout(
                 raise
         if verdict.decision != PROMOTE_STEP:
             await hands.sleep(spec.poll_interval)
+
+
+def _take_in(judge: Judge, answer: Answer | None, now: float) -> None:
+    """Let the next look act on what somebody said, if the step they spoke of waits for it."""
+    if answer is None:
+        return
+    step = judge.step if answer.step is None else answer.step
+    if judge.policy.steps[step].approval:
+        judge.approve(step, answer.approved, answer.by, now)
 
 
 async def _conclude(target: Target, spec: RolloutSpec, result: dict[str, Any], finishing: bool) -> dict[str, Any]:

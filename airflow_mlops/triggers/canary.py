@@ -66,12 +66,13 @@ class CanaryTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look, judge and act until the verdict is final, or somebody has to be asked."""
-        from airflow_mlops.rollout.controller import Hands, run_rollout
+        from airflow_mlops.rollout.controller import Answer, Hands, run_rollout
         from airflow_mlops.rollout.reporting import LookLog
         from airflow_mlops.rollout.spec import RolloutSpec
 
         kept: dict[str, Any] = dict(self.before or {})
-        hands = Hands(on_look=LookLog(self.log.info), ask=self._ask, keep=kept.update)
+        answer = Answer(**self.answer) if self.answer else None
+        hands = Hands(on_look=LookLog(self.log.info), ask=self._ask, answer=answer, keep=kept.update)
         try:
             spec = RolloutSpec.from_json(self.spec)
             async with RolloutPlace(**self.place).open(spec.metrics, worker=False) as (target, source):
@@ -88,11 +89,9 @@ class CanaryTrigger(BaseTrigger):
             yield TriggerEvent({"status": "done", "result": result})
 
     async def _ask(self, verdict: Verdict) -> Answer | None:
-        from airflow_mlops.rollout.controller import Answer
-
-        if self.answer is not None and self.answer["step"] == verdict.step:
-            return Answer(**self.answer)
-        if self.asked != verdict.step:
+        """Have a worker ask, once a step; the answer comes with the trigger that follows."""
+        answered = self.answer is not None and self.answer["step"] in (None, verdict.step)
+        if not answered and self.asked != verdict.step:
             raise _PersonWantedError(verdict)
         return None
 

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError
-from airflow_mlops.rollout.controller import Hands, abort, run_rollout
+from airflow_mlops.rollout.controller import Answer, Hands, abort, run_rollout
 from airflow_mlops.rollout.policy import Guardrail, RolloutPolicy
 from airflow_mlops.rollout.sources import TargetCounters
 from airflow_mlops.rollout.spec import RolloutSpec
@@ -237,3 +237,26 @@ async def test_another_rollout_is_refused_while_one_runs(serve):
     with pytest.raises(ConcurrentChangeError, match="two rollouts of one model"):
         await roll_out(serve, replace(SPEC, owner="dag/task/other/-1"))
     running.cancel()
+
+
+async def test_a_refusal_acts_at_once_also_while_the_step_has_come_to_wait_for_numbers_again(serve):
+    policy = {"steps": [{"weight": 20, "approval": True}, 100], "min_requests": 10**9, "deadline_seconds": 600}
+    spec = replace(SPEC, policy=RolloutPolicy.from_json(policy))
+    for step in (0, None):
+        refused = Hands(answer=Answer(step, False, "ops"))
+        owned = replace(spec, owner=f"dag/task/{step}/-1")
+        result = await run_rollout(serve.route, TargetCounters(), owned, refused)
+        assert result["verdict"] == "ROLLBACK" and "refused by ops" in result["reasons"][0]
+
+
+async def test_who_was_asked_is_heard_at_every_look_from_then_on(serve):
+    policy = {"steps": [{"weight": 20, "approval": True}, 100], "min_requests": 50, "deadline_seconds": 600}
+    spec, asked = replace(SPEC, policy=RolloutPolicy.from_json(policy)), []
+
+    async def ask(verdict):
+        asked.append(verdict.decision)
+        serve.fake.traffic = 0  # from here on every look holds
+        return Answer(0, False, "ops") if len(asked) == 3 else None
+
+    result = await run_rollout(serve.route, TargetCounters(), spec, Hands(ask=ask))
+    assert result["verdict"] == "ROLLBACK" and asked == ["APPROVE", "HOLD", "HOLD"]
