@@ -137,6 +137,9 @@ class Loop:
         path = f"/dags/{dag_id}/dagRuns/{run_id}"
         listed = f"{path}/hitlDetails?response_received=false"
         asked = self.until(lambda: self.client.call("GET", listed)["hitl_details"], "the question", 180)
+        # A person takes a moment, too: the task that asked has to be deferred, and Airflow to have noticed.
+        self.until(lambda: self.task(run_id, task_id, dag_id)["state"] == "deferred", "the deferral", 60)
+        time.sleep(5)
         body = {"chosen_options": [chosen], "params_input": {}}
         self.client.call("PATCH", f"{path}/taskInstances/{task_id}/-1/hitlDetails", json=body)
         return asked[0]
