@@ -136,7 +136,14 @@ class Loop:
         """Answer the question of a task, once it is asked, as its required action in the UI does; the question."""
         path = f"/dags/{dag_id}/dagRuns/{run_id}"
         listed = f"{path}/hitlDetails?response_received=false"
-        asked = self.until(lambda: self.client.call("GET", listed)["hitl_details"], "the question", 180)
+
+        def questions() -> Any:
+            state = self.task(run_id, task_id, dag_id)["state"]
+            ended = state in ("success", "failed", "skipped")
+            assert not ended, f"{task_id} is {state} and asked nothing: {self.log(run_id, task_id, dag_id)[-6000:]}"
+            return self.client.call("GET", listed)["hitl_details"]
+
+        asked = self.until(questions, "the question", 180)
         # A person takes a moment, too: the task that asked has to be deferred, and Airflow to have noticed.
         self.until(lambda: self.task(run_id, task_id, dag_id)["state"] == "deferred", "the deferral", 60)
         time.sleep(5)
