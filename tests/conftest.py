@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 _home = tempfile.mkdtemp(prefix="airflow-mlops-test-")
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
 os.environ.update(
     AIRFLOW_HOME=_home,
     AIRFLOW__CORE__LOAD_EXAMPLES="False",

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlops import storage
+from airflow_mlops.approval import stored
 from airflow_mlops.exceptions import ConcurrentChangeError
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.operators._alias import compare_and_set, holder_of
 
 if TYPE_CHECKING:
-    from airflow.sdk import Context
-
     from airflow_mlops.rollout.controller import Answer
     from airflow_mlops.rollout.judge import Verdict
     from airflow_mlops.rollout.spec import RolloutSpec
-
-APPROVE, REJECT = "Approve", "Reject"
 
 
 @dataclass(frozen=True)
@@ -86,49 +83,27 @@ def question(model: str, version: str) -> tuple[str, str]:
     )
 
 
-def ask(context: Context, text: tuple[str, str], assigned_users: Any) -> None:
-    """Ask in Airflow's required actions; a question that was answered before is open again."""
-    from airflow.sdk.execution_time.hitl import upsert_hitl_detail
-
-    subject, body = text
-    users = assigned_users or None
-    # The API server refuses a question whose form is None.
-    upsert_hitl_detail(context["ti"].id, [APPROVE, REJECT], subject, body, params={}, assigned_users=users)
-
-
 class Asker:
     """Asks once a step, on a worker that waits for the answer itself.
 
-    :param context: of the task
+    :param ti_id: of the task instance
     :param ask: puts the question
     """
 
-    def __init__(self, context: Context, ask: Callable[[], None]) -> None:
-        self._context = context
+    def __init__(self, ti_id: Any, ask: Callable[[], None]) -> None:
+        self._ti_id = ti_id
         self._ask = ask
         self._asked: int | None = None
 
     async def answer(self, verdict: Verdict) -> Answer | None:
         """What somebody has said of the verdict's step, None so far."""
-        from airflow.sdk.execution_time.hitl import get_hitl_detail_content_detail
+        from airflow_mlops.rollout.controller import Answer
 
         if self._asked != verdict.step:
             self._ask()
             self._asked = verdict.step
-        said = get_hitl_detail_content_detail(ti_id=self._context["ti"].id)
-        if not said.response_received or not said.chosen_options:
-            return None
-        event = {"chosen_options": said.chosen_options, "responded_by_user": said.responded_by_user}
-        return answer_of(event, verdict.step)
-
-
-def answer_of(event: Mapping[str, Any], step: int | None) -> Answer:
-    """What Airflow says that somebody answered."""
-    from airflow_mlops.rollout.controller import Answer
-
-    user = event.get("responded_by_user") or {}
-    name = user.get("name") if isinstance(user, Mapping) else getattr(user, "name", None)
-    return Answer(step, event["chosen_options"] == [APPROVE], str(name or "a default"))
+        said = stored(self._ti_id)
+        return Answer(verdict.step, said.approved, said.by) if said else None
 
 
 def write_report(folder: str, result: Mapping[str, Any], spec: RolloutSpec) -> dict[str, str]:

@@ -13,6 +13,7 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
+from airflow_mlops.approval import ask, said
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
 from airflow_mlops.hooks._rollout import RolloutPlace, servables_of
 from airflow_mlops.hooks.mlflow import MlflowHook
@@ -21,8 +22,6 @@ from airflow_mlops.links import MlflowRunLink, RolloutReportLink
 from airflow_mlops.operators._canary import (
     Asker,
     ChampionAlias,
-    answer_of,
-    ask,
     question,
     to_mlflow,
     undone,
@@ -211,12 +210,15 @@ class CanaryPromoteOperator(BaseOperator):
         with permanent_errors_fail():
             spec, place = self._spec(context), self._place()
             if "chosen_options" in event:
-                answer = answer_of(event, asked)
+                answer = said(event)
                 self.log.info("%s by %s", "approved" if answer.approved else "rejected", answer.by)
-                self._defer(spec, place, before=_stored(context), asked=answer.step, answer=asdict(answer))
+                known = {"asked": asked, "answer": {"step": asked, **asdict(answer)}}
+                self._defer(spec, place, before=_stored(context), **known)
             if event["status"] == "approval":
                 self._ask(context)
-                self._defer(spec, place, before=_stored(context), asked=event["step"])
+                # Somebody may answer before Airflow knows that the task waits, so the trigger looks for it, too.
+                ti_id = str(context["ti"].id)
+                self._defer(spec, place, before=_stored(context), asked=event["step"], ti_id=ti_id)
             if event["status"] == "error":
                 _store(context, event.get("kept"))
                 if event["retryable"]:
@@ -245,7 +247,7 @@ class CanaryPromoteOperator(BaseOperator):
         from airflow_mlops.rollout.controller import Hands, run_rollout
         from airflow_mlops.rollout.reporting import LookLog
 
-        asker = Asker(context, lambda: self._ask(context))
+        asker = Asker(context["ti"].id, lambda: self._ask(context))
         hands = Hands(
             on_look=LookLog(self.log.info), ask=asker.answer, keep=lambda annotation: _store(context, annotation)
         )
@@ -286,7 +288,7 @@ class CanaryPromoteOperator(BaseOperator):
 
     def _ask(self, context: Context) -> None:
         """Put the question to Airflow's required actions, and tell who wants to be told."""
-        ask(context, question(str(self.model_name), str(self.version)), self.assigned_users)
+        ask(context["ti"].id, *question(str(self.model_name), str(self.version)), self.assigned_users)
         for notifier in self.approval_notifiers:
             notifier(context)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
+from airflow_mlops.approval import stored
 from airflow_mlops.exceptions import MlopsError
 from airflow_mlops.hooks._rollout import RolloutPlace
 
@@ -37,6 +39,7 @@ class CanaryTrigger(BaseTrigger):
     :param finishing: whether a promotion is made to last here, or by the worker that takes over
     :param before: what was last known of the rollout, for a target that has lost it
     :param asked: index of the step somebody has been asked about
+    :param ti_id: of the task instance whose question it is; None where its answer is known
     :param answer: what they said, :class:`airflow_mlops.rollout.controller.Answer` as a dictionary
     """
 
@@ -48,6 +51,7 @@ class CanaryTrigger(BaseTrigger):
         finishing: bool = True,
         before: dict[str, Any] | None = None,
         asked: int | None = None,
+        ti_id: str | None = None,
         answer: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -56,11 +60,12 @@ class CanaryTrigger(BaseTrigger):
         self.finishing = finishing
         self.before = before
         self.asked = asked
+        self.ti_id = ti_id
         self.answer = answer
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Class path and arguments."""
-        names = ("spec", "place", "finishing", "before", "asked", "answer")
+        names = ("spec", "place", "finishing", "before", "asked", "ti_id", "answer")
         arguments = {name: getattr(self, name) for name in names}
         return f"{type(self).__module__}.{type(self).__qualname__}", arguments
 
@@ -89,11 +94,19 @@ class CanaryTrigger(BaseTrigger):
             yield TriggerEvent({"status": "done", "result": result})
 
     async def _ask(self, verdict: Verdict) -> Answer | None:
-        """Have a worker ask, once a step; the answer comes with the trigger that follows."""
+        """Have a worker ask, once a step; the answer comes with the trigger that follows.
+
+        One that came before Airflow knew that the task waits wakes nobody: it is found here.
+        """
+        from airflow_mlops.rollout.controller import Answer
+
         answered = self.answer is not None and self.answer["step"] in (None, verdict.step)
         if not answered and self.asked != verdict.step:
             raise _PersonWantedError(verdict)
-        return None
+        if answered or self.ti_id is None:
+            return None
+        said = await asyncio.to_thread(stored, self.ti_id)
+        return Answer(verdict.step, said.approved, said.by) if said else None
 
     async def on_kill(self) -> None:
         """A person ended the task: stable gets its traffic back."""

@@ -15,6 +15,7 @@ from airflow_mlops.operators.canary import CanaryPromoteOperator
 PUSHED = {}
 CONTEXT = {
     "ti": SimpleNamespace(
+        id="0198",
         dag_id="d",
         task_id="t",
         run_id="r",

@@ -5,7 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import uuid
 
+import pytest
+from airflow.sdk.api.datamodels._generated import HITLDetailResponse
+
+from airflow_mlops.rollout.judge import APPROVE, Verdict
 from airflow_mlops.rollout.spec import RolloutSpec
 from airflow_mlops.triggers.canary import CanaryTrigger
 
@@ -58,3 +63,35 @@ async def test_waiting_for_a_silent_server_leaves_the_loop_free(monkeypatch):
     assert time.monotonic() - started < 5 and not task.done()
     task.cancel()
     server.close()
+
+
+class Question:
+    """Airflow's side of one task's question: what it stores, and that nobody may read it on the triggerer's loop."""
+
+    def __init__(self, ti_id, chosen):
+        self.detail = HITLDetailResponse(
+            response_received=bool(chosen),
+            chosen_options=chosen,
+            responded_at="2026-01-01T00:00:00Z" if chosen else None,
+            responded_by_user={"id": "7", "name": "ops"} if chosen else None,
+            params_input={},
+        )
+        self.ti_id = ti_id
+
+    def send(self, msg):
+        assert str(msg.ti_id) == self.ti_id
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        return self.detail
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found"), [(["Approve"], (2, True, "ops")), (["Reject"], (2, False, "ops")), ([], None)]
+)
+async def test_an_answer_that_came_before_the_task_was_deferred_is_found(monkeypatch, chosen, found):
+    ti_id = str(uuid.uuid4())
+    comms = Question(ti_id, chosen)
+    monkeypatch.setattr("airflow.sdk.execution_time.task_runner.SUPERVISOR_COMMS", comms, raising=False)
+    waiting = CanaryTrigger(**arguments(), asked=2, ti_id=ti_id)
+    answer = await waiting._ask(Verdict(APPROVE, 50, 2, 7, []))
+    assert (answer and (answer.step, answer.approved, answer.by)) == found
