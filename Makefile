@@ -13,8 +13,9 @@ export DO_NOT_TRACK = 1
 # Without bytecode every process compiles what it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-# What starts no servers of its own runs beside what does.
-QUICK := tests/unit tests/integration/kube
+# Two halves of about the same length run beside each other: whole Dags and training in Ray, and everything else.
+HEAVY := tests/e2e tests/integration/test_ray_train.py tests/integration/test_training_driver.py
+LIGHT := tests/unit tests/integration $(HEAVY:%=--ignore=%)
 
 .PHONY: demo ui clean test test-fast test-k8s lint format bench dist help
 
@@ -49,10 +50,10 @@ clean: ## stop what the demo left running and remove what it wrote
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m airflow_mlops.embedded.demo --root $(DEMO) --clean; else rm -rf $(DEMO); fi
 
 test: $(VENV)/.dev-installed lint ## lint, types, import contracts, all tests
-	@beside=$$(mktemp); $(BIN)/python -m pytest $(QUICK) --durations=5 > $$beside 2>&1 & other=$$!; \
+	@beside=$$(mktemp); $(BIN)/python -m pytest $(LIGHT) --durations=10 > $$beside 2>&1 & other=$$!; \
 	trap 'kill $$other 2>/dev/null; rm -f $$beside' EXIT; trap 'exit 130' INT TERM; \
-	$(BIN)/python -m pytest tests/e2e tests/integration --ignore=tests/integration/kube --durations=15; slow=$$?; \
-	echo "$(QUICK), meanwhile:"; wait $$other; quick=$$?; cat $$beside; exit $$((slow || quick))
+	$(BIN)/python -m pytest $(HEAVY) --durations=10; heavy=$$?; \
+	echo "the other tests, meanwhile:"; wait $$other; light=$$?; cat $$beside; exit $$((heavy || light))
 
 test-fast: $(VENV)/.dev-installed ## the unit tests
 	@$(BIN)/python -m pytest tests/unit

@@ -115,7 +115,8 @@ def test_an_application_error_is_left_to_airflow_with_its_log(kuberay, kube_api,
 @waits
 def test_a_rayjob_that_somebody_deletes_is_stopped_for_good(kuberay, kube_api, tmp_path, deferrable):
     def delete() -> None:
-        until(lambda: kuberay.started)
+        # One that was gone before anybody saw it is lost, not stopped: a watch follows a list.
+        until(lambda: kuberay.started and kube_api.count(path_contains="/rayjobs", watch=True))
         kube_api.delete("RayJob", "default", kuberay.started[0])
 
     killer = threading.Thread(target=delete)
