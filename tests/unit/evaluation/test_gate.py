@@ -245,7 +245,7 @@ def test_the_same_input_gives_the_same_verdict(month):
 def test_the_report_shows_verdict_and_plots(month):
     verdict = evaluate(month.label, month.good, month.poor, clusters=month.day, slices={"<origin>": month.origin})
     page = render(verdict, month.label, month.poor, month.good, title="July & <August>")
-    assert "July &amp; &lt;August&gt;: <span class=no>failed" in page
+    assert 'July &amp; &lt;August&gt; <span class="chip bad">failed' in page
     assert page.count("data:image/png;base64,") == 2
     assert "&lt;origin&gt;" in page
     assert "http" not in page

@@ -21,7 +21,8 @@ CONTEXT = {
 
 
 def test_all_but_switches_is_templated(untemplated):
-    assert untemplated(ModelGateOperator) == {"alias", "cluster", "measure_latency", "on_fail", "mlflow_conn_id"}
+    switches = {"alias", "cluster", "measure_latency", "on_fail", "pass_task_ids", "fail_task_ids", "mlflow_conn_id"}
+    assert untemplated(ModelGateOperator) == switches
     assert untemplated(ModelScoreOperator) == {"optional", "mlflow_conn_id"}
 
 
@@ -56,8 +57,8 @@ def test_a_gate_without_its_inputs_does_not_pass(name, blank):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"on_fail": "warn"}, "on_fail is 'warn'; expected 'fail' or 'skip'"),
-        ({"policy": {"metric": "accuracy"}}, "metric is 'accuracy'; expected one of"),
+        ({"on_fail": "warn"}, "on_fail is 'warn'; expected one of"),
+        ({"policy": {"metric": "f1"}}, "metric is 'f1'; expected one of .* or package.module:function"),
         ({"policy": "{'rule': 'non_inferiority'}"}, "positive margin"),
         ({"policy": "strict"}, "policy is 'strict'; expected a dict"),
         ({"champion_uri": None}, "no champion, or a lost one"),
