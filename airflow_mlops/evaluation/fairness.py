@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,24 @@ from airflow_mlops.evaluation.rules import FairnessRule
 from airflow_mlops.evaluation.verdict import Check
 from airflow_mlops.exceptions import InvalidInputError
 
-REPLICATES = 400
+REPLICATES = 1000
+#: For a rate the rows it counts and among which, by label and decision: [[0 0, 0 1], [1 0, 1 1]].
+RATES = {
+    "selection_rate": ([[0, 1], [0, 1]], [[1, 1], [1, 1]]),
+    "true_positive_rate": ([[0, 0], [0, 1]], [[0, 0], [1, 1]]),
+    "false_negative_rate": ([[0, 0], [1, 0]], [[0, 0], [1, 1]]),
+    "false_positive_rate": ([[0, 1], [0, 0]], [[1, 1], [0, 0]]),
+    "true_negative_rate": ([[1, 0], [0, 0]], [[1, 1], [0, 0]]),
+    "accuracy_score": ([[1, 0], [0, 1]], [[1, 1], [1, 1]]),
+    "zero_one_loss": ([[0, 1], [1, 0]], [[1, 1], [1, 1]]),
+}
+#: fairlearn's metrics without ``_difference`` or ``_ratio``, and the rates that they compare; the worst counts.
+METRICS = {
+    "demographic_parity": ("selection_rate",),
+    "equal_opportunity": ("true_positive_rate",),
+    "equalized_odds": ("true_positive_rate", "false_positive_rate"),
+    **{rate: (rate,) for rate in RATES},
+}
 #: Share of resamples that a metric must exist on for its interval to be known.
 MIN_KNOWN = 0.9
 MISSING = "missing"
@@ -36,7 +53,8 @@ def assess(
 ) -> list[dict[str, Any]]:
     """Every metric of every rule, with an interval of a bootstrap over clusters, or over rows without any.
 
-    Rows enter as counts of cluster, group, label and decision, so that time hardly grows with the rows.
+    The estimate is fairlearn's; the resamples are the same rates, of all of them at once. Rows enter as counts of
+    cluster, group, label and decision.
 
     :param rules: of the policy
     :param label: shape (n,), 0 or 1
@@ -47,7 +65,7 @@ def assess(
     :return: a mapping for each metric: ``column``, ``metric``, ``estimate``, ``interval`` (both None where they do not
         exist), ``limit``, ``at_least``, ``require``, ``problem`` (why it cannot be told, or None), ``groups`` (for each
         ``group``, ``rows``, ``positive_rate``, ``selection_rate``, ``true_positive_rate``, ``false_positive_rate``)
-    :raises InvalidInputError: fairlearn is missing, a metric it does not have, a column that was not given, a group
+    :raises InvalidInputError: fairlearn is missing, an unknown metric, a column that was not given, a group
         that is listed and has no rows
     """
     rng = np.random.default_rng(seed)
@@ -58,15 +76,18 @@ def assess(
         values = np.asarray(columns[rule.column], dtype=object)
         if len(values) != len(label):
             raise InvalidInputError(f"{rule.column} has {len(values)} values for {len(label)} rows")
-        functions = {name: _function(name) for name in rule.metrics}
+        _check_metrics(rule)
         cells = _cells(rule, label, probability >= threshold, values, codes)
         groups = _groups(cells)
         for name, limit in rule.metrics.items():
             problem = _problem(rule, name, groups)
             estimate, interval = None, None
             if problem is None:
-                estimate, interval = _interval(functions[name], cells, codes is None, alpha, rng)
-                problem = None if estimate is not None else f"{name} does not exist on these rows"
+                found_here = _estimate(name, cells)
+                if np.isfinite(found_here):
+                    estimate, interval = found_here, _interval(name, cells, codes is None, alpha, rng)
+                else:
+                    problem = f"{name} does not exist on these rows"
             found.append(
                 {
                     "column": rule.column,
@@ -109,16 +130,12 @@ def _check(entry: Mapping[str, Any]) -> Check:
     return Check(name, bool(passed), value, wanted)
 
 
-def _function(name: str) -> Callable[..., float]:
-    try:
-        import fairlearn.metrics as library
-    except ImportError:
-        raise InvalidInputError("fairness by group needs fairlearn: pip install 'airflow-mlops[fairness]'") from None
-    function = getattr(library, name, None)
-    if not callable(function):
-        known = sorted(entry for entry in dir(library) if entry.endswith(("_difference", "_ratio")))
-        raise InvalidInputError(f"fairlearn.metrics has no {name}; it has {known}")
-    return function
+def _check_metrics(rule: FairnessRule) -> None:
+    if find_spec("fairlearn") is None:
+        raise InvalidInputError("fairness by group needs fairlearn: pip install 'airflow-mlops[fairness]'")
+    known = [f"{metric}_{kind}" for metric in METRICS for kind in ("difference", "ratio")]
+    if unknown := [name for name in rule.metrics if name not in known]:
+        raise InvalidInputError(f"the fairness of {rule.column!r} names {unknown}; expected some of {known}")
 
 
 def _cells(
@@ -129,7 +146,7 @@ def _cells(
     if rule.groups and (absent := [group for group in rule.groups if group not in set(names)]):
         raise InvalidInputError(
             f"the fairness of {rule.column!r} lists the groups {absent}, which have no rows; there are "
-            f"{sorted(set(names))[:20]}. Check the spelling, or that the window holds them."
+            f"{sorted(set(names.tolist()))[:20]}. Check the spelling, or that the window holds them."
         )
     frame = pd.DataFrame(
         {"cluster": 0 if codes is None else codes, "group": names, "label": label, "decided": decided.astype(np.int8)}
@@ -168,46 +185,61 @@ def _problem(rule: FairnessRule, metric: str, groups: list[dict[str, Any]]) -> s
         return f"only {len(groups)} group has rows; two are needed"
     if small := [f"{group['group']} has {group['rows']} rows" for group in groups if group["rows"] < rule.min_rows]:
         return f"not enough: {', '.join(small[:5])}; at least {rule.min_rows} a group"
-    if metric.startswith(("demographic_parity", "selection_rate", "accuracy", "zero_one")):
-        return None
-    for rate, kind in (("true_positive_rate", "positive"), ("false_positive_rate", "negative")):
-        if lacking := [group["group"] for group in groups if group[rate] is None]:
+    rates = METRICS[metric.rpartition("_")[0]]
+    for rate, kind, needed in (
+        ("true_positive_rate", "positive", {"true_positive_rate", "false_negative_rate"}),
+        ("false_positive_rate", "negative", {"false_positive_rate", "true_negative_rate"}),
+    ):
+        if needed & set(rates) and (lacking := [group["group"] for group in groups if group[rate] is None]):
             return f"not enough: {', '.join(lacking[:5])} has no {kind} rows"
     return None
 
 
+def _estimate(name: str, cells: pd.DataFrame) -> float:
+    """The metric on these rows, by fairlearn."""
+    import fairlearn.metrics as library
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rates that do not exist, which is not finite then
+        given = {"sensitive_features": cells["group"], "sample_weight": cells["rows"]}
+        return float(getattr(library, name)(cells["label"], cells["decided"], **given))
+
+
 def _interval(
-    function: Callable[..., float], cells: pd.DataFrame, independent: bool, alpha: float, rng: np.random.Generator
-) -> tuple[float | None, list[float] | None]:
+    name: str, cells: pd.DataFrame, independent: bool, alpha: float, rng: np.random.Generator
+) -> list[float] | None:
+    """Percentiles of a bootstrap; None where the metric exists on too few resamples."""
     counts = cells["rows"].to_numpy(np.float64)
-    codes = np.unique(cells["cluster"], return_inverse=True)[1]
-    clusters = int(codes.max()) + 1
-    groups = cells["group"].nunique()
-
-    def value(weight: Floats) -> float:
-        there = weight > 0
-        part = cells[there]
-        if part["group"].nunique() < groups:
-            return math.nan
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of rates that do not exist in a resample, which is not finite then
-            return float(
-                function(part["label"], part["decided"], sensitive_features=part["group"], sample_weight=weight[there])
-            )
-
-    estimate = value(counts)
-    if not math.isfinite(estimate):
-        return None, None
-    rows = int(counts.sum())
-    drawn = np.empty(REPLICATES)
-    for i in range(REPLICATES):
-        if independent:
-            weight = rng.multinomial(rows, counts / rows).astype(np.float64)
-        else:
-            weight = counts * rng.multinomial(clusters, np.full(clusters, 1 / clusters))[codes]
-        drawn[i] = value(weight)
-    known = drawn[np.isfinite(drawn)]
+    if independent:
+        drawn = rng.multinomial(int(counts.sum()), counts / counts.sum(), size=REPLICATES).astype(np.float64)
+    else:
+        codes = np.unique(cells["cluster"], return_inverse=True)[1]
+        clusters = int(codes.max()) + 1
+        drawn = counts * rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=REPLICATES)[:, codes]
+    groups = pd.factorize(cells["group"])[0]
+    place = (groups * 2 + cells["label"].to_numpy(np.int64)) * 2 + cells["decided"].to_numpy(np.int64)
+    where = np.zeros((len(cells), 4 * (groups.max() + 1)))
+    where[np.arange(len(cells)), place] = 1
+    found = by_tables(name, (drawn @ where).reshape(REPLICATES, -1, 2, 2))
+    known = found[np.isfinite(found)]
     if len(known) < MIN_KNOWN * REPLICATES:
-        return estimate, None
+        return None
     low, high = np.quantile(known, [alpha, 1 - alpha])
-    return estimate, [float(low), float(high)]
+    return [float(low), float(high)]
+
+
+def by_tables(name: str, tables: Floats) -> Floats:
+    """The metric ``name`` of many resamples at once; NaN where it does not exist.
+
+    :param tables: shape (resamples, groups, 2, 2): rows by label and decision
+    :return: shape (resamples,)
+    """
+    metric, _, kind = name.rpartition("_")
+    found = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for rate in METRICS[metric]:
+            wanted, among = RATES[rate]
+            values = (tables * wanted).sum(axis=(2, 3)) / (tables * among).sum(axis=(2, 3))
+            low, high = values.min(axis=1), values.max(axis=1)
+            found.append(high - low if kind == "difference" else low / high)
+    return np.max(found, axis=0) if kind == "difference" else np.min(found, axis=0)

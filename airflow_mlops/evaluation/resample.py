@@ -45,7 +45,7 @@ def weights(rng: np.random.Generator, count: int, replicates: int) -> Iterator[n
     """
     for _ in range(replicates):
         if count <= MAX_DRAWN:
-            yield rng.multinomial(count, np.full(count, 1 / count)).astype(np.int32)
+            yield np.bincount(rng.integers(0, count, count), minlength=count).astype(np.int32)
         else:
             yield np.unpackbits(np.frombuffer(rng.bytes(-(-count // 8)), np.uint8), count=count)
 
