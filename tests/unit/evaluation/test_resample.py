@@ -85,11 +85,14 @@ def test_the_bootstrap_of_rows_has_the_error_of_a_loop_and_of_delong():
 
 
 def test_many_clusters_are_drawn_whole():
-    label, first, second, day = pair(np.random.default_rng(3), days=500, rows=8)
-    by_day = auc_bootstrap(label, first, second, day, replicates=600)
-    assert by_day.degrees == 499
-    assert by_day.standard_error == pytest.approx(auc_gain(label, first, second, day).standard_error, rel=0.12)
-    assert by_day.standard_error > 1.08 * auc_bootstrap(label, first, second, replicates=600).standard_error
+    """Eight copies of a row are one row's evidence."""
+    label, first, second, _ = pair(np.random.default_rng(3), days=1, rows=600, shared=0)
+    copies = [np.repeat(values, 8) for values in (label, first, second)]
+    by_row = auc_bootstrap(*copies, replicates=600).standard_error
+    gain = auc_bootstrap(*copies, np.repeat(np.arange(600), 8), replicates=600)
+    assert gain.degrees == 599
+    assert gain.standard_error == pytest.approx(auc_gain(label, first, second).standard_error, rel=0.12)
+    assert gain.standard_error == pytest.approx(8**0.5 * by_row, rel=0.15)
 
 
 def test_a_permutation_counts_every_exchange_of_few_clusters():

@@ -119,3 +119,27 @@ class TestReadRows:
     def test_what_is_lacking_is_named(self, uri):
         with pytest.raises(DataError, match=r"lacks \['delay'\]; it has \['event_timestamp', 'late'\]"):
             read_rows(uri, "delay")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "needs fail_task_ids"),
+        (
+            {"fail_task_ids": "later"},
+            r"names 'later', which does not come directly after 'gate'; after it come \['go', 'tell'\]",
+        ),
+        ({"fail_task_ids": "tell", "pass_task_ids": ["absent"]}, "names 'absent'"),
+    ],
+)
+def test_a_branch_that_leads_nowhere_is_named_before_anything_runs(changes, message):
+    from airflow.providers.standard.operators.empty import EmptyOperator
+    from airflow.sdk import DAG
+
+    with DAG("training", schedule=None):
+        gate = ModelGateOperator(task_id="gate", on_fail="branch", **GATE | changes)
+        go = EmptyOperator(task_id="go")
+        gate >> [EmptyOperator(task_id="tell"), go]
+        go >> EmptyOperator(task_id="later")
+    with pytest.raises(AirflowFailException, match=message):
+        gate.execute(CONTEXT)
