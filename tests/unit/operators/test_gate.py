@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import pathlib
+import re
 
 import pandas as pd
 import pytest
@@ -143,3 +145,26 @@ def test_a_branch_that_leads_nowhere_is_named_before_anything_runs(changes, mess
         go >> EmptyOperator(task_id="later")
     with pytest.raises(AirflowFailException, match=message):
         gate.execute(CONTEXT)
+
+
+PAGE = pathlib.Path(__file__).parents[3] / "docs/gate.md"
+
+
+def test_the_operator_of_the_page():
+    from airflow_mlops.evaluation.cases import read_cases
+
+    mark = "<!-- tests/unit/operators/test_gate.py makes this very operator -->"
+    block = re.search(re.escape(mark) + r"\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert block
+    names = {"ModelGateOperator": ModelGateOperator, "CHALLENGER": "m", "HOLDOUT": "d", "DATA": "/data"}
+    exec(block[1], names)
+    gate = names["gate"]
+    assert gate._policy().test == "delong"
+    assert len(read_cases(gate.cases)) == 3
+
+
+def test_the_notebook_of_the_page(capsys):
+    block = re.search(r"## In a notebook\n\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert block
+    exec(block[1], {})
+    assert capsys.readouterr().out.startswith("True ('improvement in auc: gain +0.0")
