@@ -208,7 +208,8 @@ def permutation(
     """
     rng = rng or np.random.default_rng(0)
     y = np.asarray(label)
-    shown = bootstrap(metric, y, champion, challenger, clusters, alpha, replicates, rng)
+    arms = (y, champion, challenger, clusters, alpha, replicates, rng)
+    shown = auc_bootstrap(*arms) if metric.name == "auc" else bootstrap(metric, *arms)
     old, new = (rankdata(arm) for arm in (champion, challenger)) if metric.name == "auc" else (champion, challenger)
     codes, count = cluster_codes(clusters, len(champion))
     seed = int(rng.integers(2**32))
