@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from airflow_mlops.evaluation import cases as behaviour
+from airflow_mlops.evaluation import fairness, resample, robustness
+from airflow_mlops.evaluation.calibration import recalibration
+from airflow_mlops.evaluation.mcnemar import accuracy_gain
 from airflow_mlops.evaluation.metrics import Floats, check_label, check_probability, score
+from airflow_mlops.evaluation.objective import further_metrics, objective
 from airflow_mlops.evaluation.paired import Gain, auc_gain, auc_gain_bootstrap, cluster_codes, holm, loss_gain
-from airflow_mlops.evaluation.policy import GatePolicy
+from airflow_mlops.evaluation.policy import LOSSES, GatePolicy
+from airflow_mlops.evaluation.rules import fairness_rules
 from airflow_mlops.evaluation.verdict import Check, GateVerdict
 from airflow_mlops.exceptions import InvalidInputError
 
@@ -28,47 +35,66 @@ def evaluate(
     *,
     clusters: npt.ArrayLike | None = None,
     slices: Mapping[str, npt.ArrayLike] | None = None,
+    groups: Mapping[str, npt.ArrayLike] | None = None,
     policy: GatePolicy | None = None,
     latency: Mapping[str, Any] | None = None,
+    champion_latency: Mapping[str, Any] | None = None,
+    missing: Sequence[Mapping[str, Any]] = (),
+    cases: Sequence[Mapping[str, Any]] = (),
     unlabelled: int = 0,
     seed: int = 0,
 ) -> GateVerdict:
     """Judge the challenger by ``policy``.
 
     :param label: shape (n,), 0 or 1
-    :param champion: shape (n,), its probabilities for the same rows; None when there is no champion, then only
-        floors, ceilings, calibration and latency count
+    :param champion: shape (n,), its probabilities for the same rows; None when there is no champion, then nothing is
+        compared and every other limit counts
     :param challenger: shape (n,), its probabilities
     :param clusters: shape (n,), what makes rows dependent, such as the day; None when rows are independent
     :param slices: for each name the value of each row, shape (n,); a missing value counts as one
+    :param groups: the same for the columns of the policy's fairness
     :param policy: the rule; None for the defaults of :class:`GatePolicy`
     :param latency: ``p95_ms`` and more, as of :func:`airflow_mlops.evaluation.latency.measure`
+    :param champion_latency: the champion's, where the policy compares them
+    :param missing: of :func:`airflow_mlops.evaluation.robustness.missing_losses`, where the policy limits it
+    :param cases: of :func:`airflow_mlops.evaluation.cases.run`
     :param unlabelled: further rows of the same window whose label is not known yet
-    :param seed: of the bootstrap
+    :param seed: of resamples and permutations
     :return: the verdict; too few rows or clusters, or one class only, is a verdict that did not pass
-    :raises InvalidInputError: different lengths, missing or impossible values, a policy that makes no rule
+    :raises InvalidInputError: different rows, missing or impossible values, a metric that one arm does not have, a
+        policy that makes no rule
     """
     policy = (policy or GatePolicy()).validate()
+    _same_rows(label, {"champion": champion, "challenger": challenger})
     y = check_label(label)
     new = check_probability(challenger, len(y), "challenger")
     old = None if champion is None else check_probability(champion, len(y), "champion")
-    for name, values in {"clusters": clusters, **(slices or {})}.items():
+    for name, values in {"clusters": clusters, **(slices or {}), **(groups or {})}.items():
         if values is not None and len(np.asarray(values)) != len(y):
             raise InvalidInputError(f"{name} has {len(np.asarray(values))} values for {len(y)} rows")
     codes, count = cluster_codes(clusters, len(y))
+    given = None if clusters is None else codes
 
-    checks = _enough(policy, y, count, unlabelled)
+    checks = _enough(policy, y, count, unlabelled, compared=old is not None)
     computable = all(check.passed for check in checks)
-    metrics: dict[str, Any] = {
-        "challenger": score(y, new) if len(y) else None,
-        "champion": score(y, old) if old is not None and len(y) else None,
-    }
-    checks += _limits(policy, metrics["challenger"], latency)
+    metrics = _metrics(policy, y, old, new, computable)
+    checks += _limits(policy, metrics["challenger"])
+    judged = recalibration(y, new, given, policy.alpha) if computable else None
+    checks += [*_calibration(policy, judged), *_serving(policy, latency, champion_latency, old is not None)]
+    treated: list[dict[str, Any]] = []
+    if rules := fairness_rules(policy.fairness):
+        if computable:
+            settings: dict[str, Any] = {"threshold": policy.threshold, "alpha": policy.alpha, "seed": seed}
+            treated = fairness.assess(rules, y, new, groups or {}, given, **settings)
+            checks += fairness.checks(treated)
+        else:
+            checks.append(Check("fairness", False, "not possible on these rows", "enough data"))
+    checks += [*robustness.check(missing, policy), *behaviour.checks(cases)]
     differences: list[Gain] = []
     tested: list[dict[str, Any]] = []
     decided = "there is no champion yet: the floors hold"
     if old is not None and computable:
-        differences = _differences(policy, y, old, new, None if clusters is None else codes, count, seed)
+        differences = compare(policy, y, old, new, given, seed)
         comparison = _comparison(policy, differences[0])
         decided = str(comparison)
         tested = _slices(policy, y, old, new, codes, slices or {})
@@ -88,23 +114,95 @@ def evaluate(
         differences=tuple(gain.to_json() for gain in differences),
         slices=tuple(tested),
         latency=latency,
+        champion_latency=champion_latency,
+        calibration=judged,
+        fairness=tuple(treated),
+        missing=tuple(missing),
+        cases=tuple(cases),
         policy=policy.to_json(),
     )
 
 
-def _enough(policy: GatePolicy, y: npt.NDArray[np.int8], clusters: int, unlabelled: int) -> list[Check]:
+def compare(
+    policy: GatePolicy, label: Any, champion: Floats, challenger: Floats, clusters: Any = None, seed: int = 0
+) -> list[Gain]:
+    """The challenger's gains: first the one that the policy decides by, then those in the other metrics.
+
+    :param label: shape (n,), 0 and 1, both present
+    :param champion: shape (n,), probabilities
+    :param challenger: shape (n,)
+    :param clusters: shape (n,), or None for independent rows
+    """
+    arms = (label, champion, challenger, clusters, policy.alpha)
+    gains = [decisive(policy, *arms[:4], seed)]
+    gains += [loss_gain(metric, *arms) for metric in LOSSES if (policy.metric, policy.test) != (metric, "t")]
+    if (policy.metric, policy.test) != ("auc", "delong"):
+        gains.append(auc_gain(*arms))
+    resampled = (policy.metric, policy.test) == ("auc", "bootstrap")
+    if clusters is not None and not resampled and len(np.unique(clusters)) <= MAX_BOOTSTRAP_CLUSTERS:
+        rng = np.random.default_rng(seed)
+        gains.append(auc_gain_bootstrap(*arms[:4], alpha=policy.alpha, rng=rng))
+    return gains
+
+
+def decisive(
+    policy: GatePolicy, label: Any, champion: Floats, challenger: Floats, clusters: Any = None, seed: int = 0
+) -> Gain:
+    """The gain in the policy's metric with the policy's test; arguments as of :func:`compare`."""
+    metric, test = policy.metric, policy.test
+    arms = (label, champion, challenger, clusters, policy.alpha)
+    drawn: dict[str, Any] = {"replicates": policy.replicates, "rng": np.random.default_rng(seed)}
+    if test == "delong":
+        return auc_gain(*arms)
+    if test == "t":
+        return loss_gain(metric, *arms)
+    if test == "mcnemar":
+        return accuracy_gain(*arms, policy.threshold)
+    if metric in LOSSES or metric == "accuracy":
+        mean = resample.mean_bootstrap if test == "bootstrap" else resample.mean_permutation
+        return mean(metric, *arms, policy.threshold, **drawn)
+    if (metric, test) == ("auc", "bootstrap"):
+        return resample.auc_bootstrap(*arms, **drawn)
+    generic = resample.bootstrap if test == "bootstrap" else resample.permutation
+    return generic(objective(metric, policy), *arms, **drawn)
+
+
+def _same_rows(label: Any, arms: Mapping[str, Any]) -> None:
+    for whose, values in arms.items():
+        if isinstance(label, pd.Series) and isinstance(values, pd.Series) and not label.index.equals(values.index):
+            raise InvalidInputError(
+                f"the {whose} has predictions for different rows than there are labels for (their indexes differ); "
+                "both arms must be scored on the same rows, in the same order"
+            )
+
+
+def _metrics(policy: GatePolicy, y: Any, old: Floats | None, new: Floats, computable: bool) -> dict[str, Any]:
+    arms = {"challenger": new, "champion": old}
+    found = {arm: None if p is None or not len(y) else score(y, p) for arm, p in arms.items()}
+    further = further_metrics(policy, y, arms) if computable else {}
+    return {arm: None if known is None else {**known, **further.get(arm, {})} for arm, known in found.items()}
+
+
+def _enough(
+    policy: GatePolicy, y: npt.NDArray[np.int8], clusters: int, unlabelled: int, *, compared: bool
+) -> list[Check]:
     positive = int(y.sum())
+    least, why = policy.min_clusters, ""
+    if compared and policy.test == "permutation" and 2.0**-least >= policy.alpha:
+        # The arms of n clusters can be exchanged in 2^n ways, so no p-value is below 2^-n.
+        least = math.floor(-math.log2(policy.alpha)) + 1
+        why = f" for a permutation test at {policy.alpha:g}"
     share = len(y) / max(len(y) + unlabelled, 1)  # 0 of 0 rows do not hold
     return [
         Check("labelled", share >= policy.min_labelled, f"{share:.1%}", f"at least {policy.min_labelled:.0%}"),
         Check("rows", len(y) >= policy.min_rows, str(len(y)), f"at least {policy.min_rows}"),
-        Check("clusters", clusters >= policy.min_clusters, str(clusters), f"at least {policy.min_clusters}"),
+        Check("clusters", clusters >= least, str(clusters), f"at least {least}{why}"),
         Check("classes", 0 < positive < len(y), f"{positive} of {len(y)} rows positive", "both classes"),
     ]
 
 
-def _limits(policy: GatePolicy, metrics: Mapping[str, Any] | None, latency: Mapping[str, Any] | None) -> list[Check]:
-    """Absolute limits on the challenger; a number that is not there does not hold."""
+def _limits(policy: GatePolicy, metrics: Mapping[str, Any] | None) -> list[Check]:
+    """Absolute limits on the challenger's metrics; a number that is not there does not hold."""
     found = metrics or {}
     checks = [_limit(name, found.get(name), limit, at_least=True) for name, limit in policy.floors.items()]
     checks += [_limit(name, found.get(name), limit, at_least=False) for name, limit in policy.ceilings.items()]
@@ -112,9 +210,38 @@ def _limits(policy: GatePolicy, metrics: Mapping[str, Any] | None, latency: Mapp
         bias = found.get("calibration")
         distance = None if bias is None else abs(bias)
         checks.append(_limit("calibration", distance, policy.max_calibration_error, at_least=False))
-    if policy.max_latency_ms is not None:
-        p95 = (latency or {}).get("p95_ms")
-        checks.append(_limit("latency p95 [ms]", p95, policy.max_latency_ms, at_least=False))
+    if policy.max_expected_calibration_error is not None:
+        error, limit = found.get("calibration_error"), policy.max_expected_calibration_error
+        checks.append(_limit("expected calibration error", error, limit, at_least=False))
+    return checks
+
+
+def _calibration(policy: GatePolicy, judged: Mapping[str, Any] | None) -> list[Check]:
+    if policy.calibration_slope is None:
+        return []
+    low, high = policy.calibration_slope
+    name, limit = "calibration slope", f"{low:g} to {high:g}"
+    slope = (judged or {}).get("slope")
+    if judged is None or slope is None:
+        return [Check(name, False, "not known", limit)]
+    interval = " to ".join(f"{bound:.3g}" for bound in judged["slope_interval"])
+    return [Check(name, bool(low <= slope <= high), f"{slope:.3g} ({interval})", limit)]
+
+
+def _serving(
+    policy: GatePolicy, latency: Mapping[str, Any] | None, champion: Mapping[str, Any] | None, compared: bool
+) -> list[Check]:
+    found = latency or {}
+    limits = [
+        ("latency p95 [ms]", "p95_ms", policy.max_latency_ms),
+        ("latency p99 [ms]", "p99_ms", policy.max_p99_ms),
+        ("memory [MiB]", "memory_mib", policy.max_memory_mib),
+    ]
+    checks = [_limit(name, found.get(key), limit, at_least=False) for name, key, limit in limits if limit is not None]
+    if policy.max_latency_ratio is not None and compared:
+        new, old = found.get("p95_ms"), (champion or {}).get("p95_ms")
+        ratio = new / old if new is not None and old else None
+        checks.append(_limit("latency p95, times the champion's", ratio, policy.max_latency_ratio, at_least=False))
     return checks
 
 
@@ -125,17 +252,6 @@ def _limit(name: str, value: float | None, limit: float, *, at_least: bool) -> C
     return Check(name, passed, shown, f"{'at least' if at_least else 'at most'} {limit:.4g}")
 
 
-def _differences(policy: GatePolicy, y: Any, old: Floats, new: Floats, codes: Any, count: int, seed: int) -> list[Gain]:
-    """The gain in the policy's metric first, the others after it."""
-    gains = [loss_gain(metric, y, old, new, codes, policy.alpha) for metric in ("log_loss", "brier")]
-    gains.append(auc_gain(y, old, new, codes, policy.alpha))
-    gains.sort(key=lambda gain: gain.metric != policy.metric)
-    if codes is not None and count <= MAX_BOOTSTRAP_CLUSTERS:
-        rng = np.random.default_rng(seed)
-        gains.append(auc_gain_bootstrap(y, old, new, codes, alpha=policy.alpha, rng=rng))
-    return gains
-
-
 def _comparison(policy: GatePolicy, gain: Gain) -> Check:
     bound = policy.margin if policy.rule == "improvement" else -policy.margin
     sure = f"at least {gain.interval[0]:+.5f} with {1 - policy.alpha:.0%} confidence"
@@ -143,7 +259,7 @@ def _comparison(policy: GatePolicy, gain: Gain) -> Check:
     return Check(
         f"{policy.rule.replace('_', '-')} in {policy.metric}",
         p < policy.alpha,
-        f"gain {gain.estimate:+.5f}, {sure}, p={p:.3g}",
+        f"gain {gain.estimate:+.5f}, {sure}, p={p:.3g} ({gain.method})",
         f"gain above {bound:+.4g}, p < {policy.alpha:g}",
     )
 

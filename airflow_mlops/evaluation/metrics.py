@@ -54,10 +54,14 @@ def check_probability(probability: npt.ArrayLike, rows: int, whose: str) -> Floa
     return values
 
 
-def row_loss(metric: str, label: npt.ArrayLike, probability: npt.ArrayLike) -> Floats:
-    """The loss of each row, shape (n,): ``"log_loss"`` in nats or ``"brier"``."""
+def row_loss(metric: str, label: npt.ArrayLike, probability: npt.ArrayLike, threshold: float = 0.5) -> Floats:
+    """The loss of each row, shape (n,): ``"log_loss"`` in nats, ``"brier"``, or for ``"accuracy"`` 1 where the row is
+    on the wrong side of ``threshold``.
+    """
     hit = np.asarray(label, dtype=np.float64)
     p = np.asarray(probability, dtype=np.float64)
+    if metric == "accuracy":
+        return ((p >= threshold) != (hit == 1)).astype(np.float64)
     if metric == "brier":
         return (p - hit) ** 2
     return -np.log(np.clip(np.where(hit == 1, p, 1 - p), _EPSILON, None))

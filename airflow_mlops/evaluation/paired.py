@@ -7,7 +7,8 @@ clusters, not rows, as the independent units. A *gain* is positive when the chal
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,21 @@ class Gain:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**self.__dict__, "interval": list(self.interval)}
+        return {entry.name: getattr(self, entry.name) for entry in fields(Gain)} | {"interval": list(self.interval)}
+
+
+@dataclass(frozen=True)
+class NonparametricGain(Gain):
+    """A gain whose p-value is not that of a t distribution.
+
+    :param test: one-sided p-value of the hypothesis that the true gain is at most the bound it is given
+    """
+
+    test: Callable[[float], float] = field(default=lambda bound: 1.0, repr=False, compare=False)
+
+    def p_value(self, bound: float) -> float:
+        """One-sided p-value of the hypothesis that the true gain is at most ``bound``."""
+        return self.test(bound)
 
 
 def cluster_codes(clusters: npt.ArrayLike | None, rows: int) -> tuple[Codes, int]:
@@ -66,24 +81,31 @@ def cluster_codes(clusters: npt.ArrayLike | None, rows: int) -> tuple[Codes, int
     return codes, len(names)
 
 
-def _gain(metric: str, method: str, estimate: float, error: float, degrees: int, alpha: float) -> Gain:
+def t_gain(metric: str, method: str, estimate: float, error: float, degrees: int, alpha: float) -> Gain:
+    """A gain whose error follows a t distribution."""
     half = float(stats.t.ppf(1 - alpha, degrees)) * error
     return Gain(metric, method, estimate, error, degrees, (estimate - half, estimate + half), 1 - 2 * alpha)
 
 
 def loss_gain(
-    metric: str, label: Any, champion: Floats, challenger: Floats, clusters: Any = None, alpha: float = 0.05
+    metric: str,
+    label: Any,
+    champion: Floats,
+    challenger: Floats,
+    clusters: Any = None,
+    alpha: float = 0.05,
+    threshold: float = 0.5,
 ) -> Gain:
     """The reduction of the mean loss, with the cluster-robust error of a mean (CR1) and t on clusters - 1 degrees.
 
     Liang and Zeger, Biometrika 1986; the degrees of freedom after Cameron and Miller, J. Human Resources 2015.
     """
     codes, count = cluster_codes(clusters, len(champion))
-    gain = row_loss(metric, label, champion) - row_loss(metric, label, challenger)
+    gain = row_loss(metric, label, champion, threshold) - row_loss(metric, label, challenger, threshold)
     mean = float(gain.mean())
     sums = np.bincount(codes, weights=gain - mean, minlength=count)
     error = math.sqrt(count / (count - 1) * float((sums**2).sum())) / len(gain)
-    return _gain(metric, "clustered t", mean, error, count - 1, alpha)
+    return t_gain(metric, "clustered t", mean, error, count - 1, alpha)
 
 
 def _placements(label: Any, score: Floats) -> tuple[Floats, Floats]:
@@ -111,12 +133,12 @@ def auc_gain(label: Any, champion: Floats, challenger: Floats, clusters: Any = N
     m, n = len(below), len(above)
     if clusters is None:
         variance = (below.var(ddof=1) / m if m > 1 else 0.0) + (above.var(ddof=1) / n if n > 1 else 0.0)
-        return _gain("auc", "DeLong", gain, math.sqrt(variance), m + n - 1, alpha)
+        return t_gain("auc", "DeLong", gain, math.sqrt(variance), m + n - 1, alpha)
     codes, count = cluster_codes(clusters, len(positive))
     sums = np.bincount(codes[positive], weights=below - gain, minlength=count) / m
     sums += np.bincount(codes[~positive], weights=above - gain, minlength=count) / n
     error = math.sqrt(count / (count - 1) * float((sums**2).sum()))
-    return _gain("auc", "clustered DeLong", gain, error, count - 1, alpha)
+    return t_gain("auc", "clustered DeLong", gain, error, count - 1, alpha)
 
 
 def concordance(label: Any, score: Floats, codes: Codes, count: int) -> Floats:

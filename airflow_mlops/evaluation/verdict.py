@@ -44,6 +44,12 @@ class GateVerdict:
     :param differences: gains of the challenger, each as of :class:`airflow_mlops.evaluation.paired.Gain`
     :param slices: for each slice column, value, rows, gain in loss, adjusted p-value that it is worse than tolerated
     :param latency: of single-row predictions, milliseconds; None when not measured
+    :param champion_latency: the champion's, where the policy compares them
+    :param calibration: of the challenger, see :func:`airflow_mlops.evaluation.calibration.recalibration`
+    :param fairness: for each metric of each rule, see :func:`airflow_mlops.evaluation.fairness.assess`
+    :param missing: without which features the challenger lost how much, see
+        :func:`airflow_mlops.evaluation.robustness.missing_losses`
+    :param cases: how each behavioural case went, see :func:`airflow_mlops.evaluation.cases.run`
     :param policy: the :class:`GatePolicy` as JSON
     """
 
@@ -59,6 +65,11 @@ class GateVerdict:
     latency: Mapping[str, Any] | None = None
     policy: Mapping[str, Any] = field(default_factory=dict)
     unlabelled: int = 0
+    champion_latency: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+    fairness: tuple[Mapping[str, Any], ...] = ()
+    missing: tuple[Mapping[str, Any], ...] = ()
+    cases: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; what is not a finite number is None."""
@@ -71,9 +82,8 @@ class GateVerdict:
             entry.name: value[entry.name] for entry in dataclasses.fields(cls) if entry.name in value
         }
         fields["checks"] = tuple(Check(**check) for check in fields["checks"])
-        fields["differences"] = tuple(fields["differences"])
-        fields["slices"] = tuple(fields["slices"])
-        fields["reasons"] = tuple(fields["reasons"])
+        for name in ("reasons", "differences", "slices", "fairness", "missing", "cases"):
+            fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
 
 

@@ -6,10 +6,13 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from airflow.providers.standard.operators.branch import BranchMixIn
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.evaluation import GatePolicy, GateVerdict
 from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError
+from airflow_mlops.links import MlflowRunLink, ReportLink
+from airflow_mlops.operators._gate import behaviour, branches, fairness_columns, load, to_mlflow
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.shell import as_mapping, as_names, is_blank, log_table, permanent_errors_fail, push_result, require
 from airflow_mlops.storage import join, write_bytes, write_json
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
 TIME = "event_timestamp"
+ON_FAIL = ("fail", "skip", "branch")
 
 
 def read_rows(uri: str, label: str, window: Window | None = None) -> pd.DataFrame:
@@ -199,7 +203,7 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-class ModelGateOperator(MlflowBaseOperator):
+class ModelGateOperator(MlflowBaseOperator, BranchMixIn):
     """Compare the challenger with the champion on the same held-out rows and stop it unless the policy is met.
 
     The champion is ``champion_uri``; else version ``champion_version`` of ``model_name``; else what ``alias`` of
@@ -222,17 +226,26 @@ class ModelGateOperator(MlflowBaseOperator):
     :param window_end: first instant after them (templated)
     :param features: the models' inputs, where they have no signature (templated)
     :param policy: a :class:`airflow_mlops.evaluation.GatePolicy` or a mapping of its fields (templated)
-    :param cluster: ``"day"`` (UTC) of ``event_timestamp``, or a column of the data
+    :param cluster: ``"day"`` (UTC) of ``event_timestamp``; a column of the data; or ``"row"`` when rows are independent
     :param slice_columns: columns whose values are judged one by one (templated)
+    :param cases: rows on which the challenger has to behave, see :mod:`airflow_mlops.evaluation.cases`: a list, or the
+        URI of a JSON list or of a Parquet table (templated)
+    :param experiment: MLflow experiment that gets page, picture and verdict; None for none (templated)
     :param measure_latency: time single predictions in a fresh process; done anyway when the policy limits it
-    :param on_fail: ``"fail"`` fails the task without retry, ``"skip"`` skips it and what follows; the result is
-        pushed in both cases
+    :param on_fail: ``"fail"`` fails the task without retry, ``"skip"`` skips it and what follows; ``"branch"`` goes on
+        with ``fail_task_ids`` or ``pass_task_ids`` and skips the rest of what comes directly after; the result is
+        pushed in all cases
+    :param pass_task_ids: with ``"branch"``, tasks or task groups that follow a pass; None for all but ``fail_task_ids``
+    :param fail_task_ids: with ``"branch"``, tasks or task groups that follow a failure
     :param mlflow_conn_id: connection of type ``mlflow``
     :param tracking_uri: overrides the connection's (templated)
     :return: :meth:`GateVerdict.to_json` and ``challenger_uri``, ``champion_uri``, ``champion_version``,
-        ``unlabelled``, ``report_uri``, ``verdict_uri``, ``predictions_uri``
+        ``unlabelled``, ``report_uri``, ``verdict_uri``, ``predictions_uri``, ``mlflow_run_id``, ``mlflow_url``
     """
 
+    # So that a task of the branch not taken stays skipped when it is cleared.
+    inherits_from_skipmixin = True
+    operator_extra_links = (ReportLink(), MlflowRunLink())
     template_fields: Sequence[str] = (
         "challenger_uri",
         "data_uri",
@@ -246,6 +259,8 @@ class ModelGateOperator(MlflowBaseOperator):
         "features",
         "policy",
         "slice_columns",
+        "cases",
+        "experiment",
         "tracking_uri",
     )
 
@@ -266,8 +281,12 @@ class ModelGateOperator(MlflowBaseOperator):
         policy: GatePolicy | Mapping[str, Any] | None = None,
         cluster: str = "day",
         slice_columns: Sequence[str] | str = (),
+        cases: Sequence[Mapping[str, Any]] | str | None = None,
+        experiment: str | None = None,
         measure_latency: bool = True,
         on_fail: str = "fail",
+        pass_task_ids: str | Sequence[str] | None = None,
+        fail_task_ids: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -285,28 +304,45 @@ class ModelGateOperator(MlflowBaseOperator):
         self.policy = policy
         self.cluster = cluster
         self.slice_columns = slice_columns
+        self.cases = cases
+        self.experiment = experiment
         self.measure_latency = measure_latency
         self.on_fail = on_fail
+        self.pass_task_ids = pass_task_ids
+        self.fail_task_ids = fail_task_ids
 
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail():
+            follow = self._branches()
             result = self._judge(context)
+        if follow is not None:
+            push_result(self, context, result)
+            self.do_branch(context, follow[result["passed"]])
+            return result
         if result["passed"]:
             return result
         push_result(self, context, result)
         message = f"the challenger does not pass: {'; '.join(result['reasons'])}. Report: {result['report_uri']}"
         raise AirflowSkipException(message) if self.on_fail == "skip" else AirflowFailException(message)
 
-    def _judge(self, context: Context) -> dict[str, Any]:
-        from airflow_mlops.evaluation import evaluate
-        from airflow_mlops.evaluation.latency import measure
+    def _branches(self) -> Mapping[bool, list[str]] | None:
+        if self.on_fail not in ON_FAIL:
+            raise InvalidInputError(f"on_fail is {self.on_fail!r}; expected one of {ON_FAIL}")
+        if self.on_fail == "branch":
+            return branches(self, self.pass_task_ids, self.fail_task_ids)
+        if self.pass_task_ids or self.fail_task_ids:
+            raise InvalidInputError(f"pass_task_ids and fail_task_ids need on_fail='branch'; it is {self.on_fail!r}")
+        return None
 
-        if self.on_fail not in ("fail", "skip"):
-            raise InvalidInputError(f"on_fail is {self.on_fail!r}; expected 'fail' or 'skip'")
+    def _judge(self, context: Context) -> dict[str, Any]:
+        from airflow_mlops.evaluation import cases as behave
+        from airflow_mlops.evaluation import evaluate
+        from airflow_mlops.evaluation.robustness import missing_losses
+
         require(data_uri=self.data_uri, label_column=self.label_column, report_dir=self.report_dir)
         if is_blank(self.challenger_uri):
             raise InvalidInputError("challenger_uri is empty; the training left no model (model_uri of its result)")
-        policy = self._policy()
+        policy, cases = self._policy(), behaviour(self.cases)
         champion_uri, champion_version = self._champion()
         features = as_names(self.features, "features") or None
         window = None
@@ -319,30 +355,52 @@ class ModelGateOperator(MlflowBaseOperator):
         if missing := [name for name in slices if name not in frame.columns]:
             raise DataError(f"{self.data_uri} lacks the slice columns {missing}; it has {list(frame.columns)[:20]}")
 
-        arms = {"challenger": self.hook.predict_proba(self.challenger_uri, frame, features)}
+        groups = fairness_columns(policy, frame, self.data_uri)
+
+        challenger = load(self.hook, self.challenger_uri, features)
+        labels = frame[self.label_column].to_numpy()
+        arms = {"challenger": challenger.predict(frame)}
         if champion_uri is not None:
             arms["champion"] = self.hook.predict_proba(champion_uri, frame, features)
-        latency = None
-        if len(frame) and (self.measure_latency or policy.max_latency_ms is not None):
-            latency = measure(self.hook.model_dir(self.challenger_uri), frame, features)
+        lost: list[dict[str, Any]] = []
+        if policy.max_missing_loss is not None and frame[self.label_column].nunique() == 2:
+            lost = missing_losses(challenger.predict, frame, labels, challenger.features, policy)
+        latency, champion_latency = self._latency(policy, frame, features, champion_uri)
         verdict = evaluate(
-            frame[self.label_column].to_numpy(),
+            labels,
             arms.get("champion"),
             arms["challenger"],
             clusters=self._clusters(frame),
             slices={name: frame[name].to_numpy() for name in slices},
+            groups=groups,
             policy=policy,
             latency=latency,
+            champion_latency=champion_latency,
+            missing=lost,
+            cases=behave.run(cases, challenger.predict, frame),
             unlabelled=unlabelled,
         )
-        self._log(verdict)
+        self._show(verdict)
         return {
             **verdict.to_json(),
             "challenger_uri": self.challenger_uri,
             "champion_uri": champion_uri,
             "champion_version": champion_version,
-            **self._publish(verdict, frame, arms),
+            **self._publish(context, verdict, frame, arms),
         }
+
+    def _latency(
+        self, policy: GatePolicy, frame: pd.DataFrame, features: list[str] | None, champion_uri: str | None
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Of the challenger, and of the champion where the policy compares them."""
+        from airflow_mlops.evaluation.latency import measure
+
+        compared = policy.max_latency_ratio is not None and champion_uri is not None
+        limited = any(limit is not None for limit in (policy.max_latency_ms, policy.max_p99_ms, policy.max_memory_mib))
+        if not len(frame) or not (self.measure_latency or limited or compared):
+            return None, None
+        challenger = measure(self.hook.model_dir(self.challenger_uri), frame, features)
+        return challenger, measure(self.hook.model_dir(str(champion_uri)), frame, features) if compared else None
 
     def _policy(self) -> GatePolicy:
         if isinstance(self.policy, GatePolicy):
@@ -376,6 +434,8 @@ class ModelGateOperator(MlflowBaseOperator):
         return f"models:/{self.model_name}/{found.version}", str(found.version)
 
     def _clusters(self, frame: pd.DataFrame) -> Any:
+        if self.cluster == "row":
+            return None
         if self.cluster == "day":
             return frame[TIME].dt.strftime("%Y-%m-%d").to_numpy()
         if self.cluster not in frame.columns:
@@ -384,22 +444,29 @@ class ModelGateOperator(MlflowBaseOperator):
             raise DataError(f"the cluster column {self.cluster!r} has missing values")
         return frame[self.cluster].to_numpy()
 
-    def _log(self, verdict: GateVerdict) -> None:
+    def _show(self, verdict: GateVerdict) -> None:
         rows: list[list[object]] = [
             [check.name, check.value, check.limit, "yes" if check.passed else "NO"] for check in verdict.checks
         ]
         table = log_table(["check", "found", "required", "holds"], rows)
         self.log.info("the challenger %s\n%s", "passes" if verdict.passed else "does NOT pass", table)
 
-    def _publish(self, verdict: GateVerdict, frame: pd.DataFrame, arms: Mapping[str, Any]) -> dict[str, str]:
-        from airflow_mlops.evaluation.report import render
+    def _publish(
+        self, context: Context, verdict: GateVerdict, frame: pd.DataFrame, arms: Mapping[str, Any]
+    ) -> dict[str, str | None]:
+        from airflow_mlops.evaluation.report import render, render_png
 
-        label = frame[self.label_column].to_numpy()
-        page = render(verdict, label, arms["challenger"], arms.get("champion"), title=f"Gate, {self.task_id}")
+        curves = (frame[self.label_column].to_numpy(), arms["challenger"], arms.get("champion"))
+        page = render(verdict, *curves, title=f"Gate, {self.task_id}")
+        run: dict[str, str | None] = {"mlflow_run_id": None, "mlflow_url": None}
+        if not is_blank(self.experiment):
+            name, key = f"gate {self.challenger_uri}"[:250], task_key(context)
+            run = to_mlflow(self.hook, str(self.experiment), key, name, verdict, page, render_png(*curves))
         return {
             "report_uri": write_bytes(join(self.report_dir, "report.html"), page.encode()),
             "verdict_uri": write_json(join(self.report_dir, "verdict.json"), verdict.to_json()),
             "predictions_uri": _write_predictions(
                 join(self.report_dir, "predictions.parquet"), frame, self.label_column, arms
             ),
+            **run,
         }

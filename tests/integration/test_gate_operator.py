@@ -68,6 +68,85 @@ class TestGate:
         # Tasks after it read single keys too, as of a task that returned.
         assert {key: value for key, value in pushed.items() if key != "return_value"} == pushed["return_value"]
 
+    def test_page_verdict_and_picture_go_into_one_mlflow_run(self, gate, mlflow_hook, task_context):
+        context = task_context("gate")
+        first = gate(context, experiment="churn/gate")
+        again = gate(context, experiment="churn/gate")
+        assert first["mlflow_run_id"] == again["mlflow_run_id"]
+        assert first["mlflow_url"] is None  # SQLite has no web address
+        run = mlflow_hook.client.get_run(first["mlflow_run_id"])
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlops.verdict"] == "passed"
+        assert run.data.tags["mlops.kind"] == "gate"
+        assert run.data.metrics["challenger_auc"] == pytest.approx(first["metrics"]["challenger"]["auc"])
+        assert run.data.metrics["gain"] == pytest.approx(first["differences"][0]["estimate"])
+        assert len(mlflow_hook.client.get_metric_history(first["mlflow_run_id"], "gain")) == 1
+        stored = {entry.path for entry in mlflow_hook.client.list_artifacts(first["mlflow_run_id"])}
+        assert stored == {"gate.html", "gate.json", "gate.png"}
+        folder = Path(mlflow_hook.client.download_artifacts(first["mlflow_run_id"], ""))
+        assert json.loads((folder / "gate.json").read_text())["passed"]
+        assert (folder / "gate.html").read_text() == Path(again["report_uri"]).read_text()
+        assert (folder / "gate.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_loser_is_in_mlflow_too(self, gate, mlflow_models, mlflow_hook, task_context):
+        context = task_context("gate")
+        swapped = {"challenger_uri": mlflow_models.poor, "champion_uri": mlflow_models.good}
+        policy = {"metric": "sklearn.metrics:roc_auc_score", "replicates": 200}
+        with pytest.raises(AirflowFailException):
+            gate(context, experiment="churn/gate", policy=policy, **swapped)
+        run = mlflow_hook.client.get_run(context["ti"].pushed["return_value"]["mlflow_run_id"])
+        assert run.data.tags["mlops.verdict"] == "failed"
+        assert "improvement in sklearn.metrics:roc_auc_score" in run.data.tags["mlops.reason"]
+        assert run.data.metrics["champion_sklearn.metrics/roc_auc_score"] > 0.7
+
+    def test_everything_the_policy_can_ask_for(self, gate, mlflow_models, tmp_path):
+        frame = pd.read_parquet(mlflow_models.data)
+        frame["sex"] = np.where(np.arange(len(frame)) % 2, "f", "m")
+        frame.to_parquet(tmp_path / "people.parquet")
+        calm = {"a": -2.0, "b": 0.0, "c": 0.0}
+        result = gate(
+            data_uri=str(tmp_path / "people.parquet"),
+            cluster="row",
+            policy={
+                "metric": "accuracy",
+                "calibration_slope": [0.5, 2],
+                "fairness": {"column": "sex", "metrics": {"equalized_odds_difference": 0.2}},
+                "max_missing_loss": 0.5,
+                "max_memory_mib": 8000,
+                "max_p99_ms": 5000,
+                "max_latency_ratio": 50,
+            },
+            cases=[
+                {"name": "calm", "row": calm, "expect": {"max": 0.3}},
+                {"name": "c means little", "change": {"c": 0}, "same_within": 0.3, "max_failed": 0.01},
+                {"name": "more a", "row": calm, "change": {"a": {"add": 3}}, "direction": "not_lower"},
+            ],
+        )
+        assert result["passed"]
+        json.dumps(result, allow_nan=False)
+        assert result["clusters"] == result["rows"] == 3000
+        assert result["differences"][0]["method"].startswith("exact McNemar")
+        assert {row["what"] for row in result["missing"]} == {"a", "b", "c", "10% of all values"}
+        assert all(row["refused"] is None for row in result["missing"])
+        assert [case["passed"] for case in result["cases"]] == [True] * 3
+        assert result["fairness"][0]["estimate"] < 0.2
+        assert result["champion_latency"]["p95_ms"] > 0 and result["latency"]["memory_mib"] > 50
+
+    @pytest.mark.parametrize("kind", ["list", "text", "json", "parquet"])
+    def test_a_failed_case_is_named_wherever_it_came_from(self, gate, tmp_path, kind):
+        row = {"a": -2.0, "b": 0.0, "c": 0.0}
+        cases: object = [{"name": "calm day", "row": row, "expect": {"min": 0.9}}]
+        if kind == "json":
+            (tmp_path / "cases.json").write_text(json.dumps(cases))
+            cases = str(tmp_path / "cases.json")
+        elif kind == "parquet":
+            pd.DataFrame([{"name": "calm day", "expect_min": 0.9, **row}]).to_parquet(tmp_path / "cases.parquet")
+            cases = str(tmp_path / "cases.parquet")
+        elif kind == "text":
+            cases = str(cases)
+        with pytest.raises(AirflowFailException, match=r"does not pass: case calm day: 0\.\d+; required: 0.9 to 1\."):
+            gate(cases=cases)
+
     def test_only_the_window_counts(self, gate):
         result = gate(window_start="2013-04-03", window_end="2013-04-09", policy=GatePolicy(min_clusters=6))
         rows = pd.read_parquet(result["predictions_uri"])
@@ -132,6 +211,14 @@ class TestGate:
             ({"policy": {"alpha": 2}}, "alpha is 2"),
             ({"on_fail": "ignore"}, "on_fail is 'ignore'"),
             ({"window_start": "2013-04-03"}, "only one end of the window"),
+            ({"cases": "/nowhere.json"}, "no cases at /nowhere.json"),
+            ({"cases": [{"name": "storm"}]}, "the case 'storm': says nothing"),
+            (
+                {"policy": {"fairness": {"column": "sex", "metrics": {"equalized_odds_ratio": 0.8}}}},
+                r"fairness columns",
+            ),
+            ({"policy": {"metric": "no.such:metric"}}, "cannot be imported"),
+            ({"fail_task_ids": ["mourn"]}, "need on_fail='branch'"),
         ],
     )
     def test_bad_input_never_passes(self, gate, changes, message):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from airflow_mlops.evaluation import GatePolicy, GateVerdict, evaluate
@@ -122,6 +123,59 @@ def test_latency_within_the_limit_passes(month):
     policy = GatePolicy(max_latency_ms=50)
     latency = {"p95_ms": 49.0}
     assert evaluate(month.label, month.poor, month.good, clusters=month.day, policy=policy, latency=latency).passed
+
+
+@pytest.mark.parametrize(
+    ("policy", "latency", "name"),
+    [
+        ({"max_p99_ms": 80}, {"p99_ms": 81.0}, "latency p99 [ms]"),
+        ({"max_memory_mib": 500}, {"memory_mib": 501.0}, "memory [MiB]"),
+        ({"max_memory_mib": 500}, {"p99_ms": 1.0}, "memory [MiB]"),
+        ({"max_latency_ratio": 1.5}, {"p95_ms": 16.0}, "latency p95, times the champion's"),
+        ({"max_latency_ratio": 1.5}, None, "latency p95, times the champion's"),
+    ],
+)
+def test_what_serving_costs_is_limited(month, policy, latency, name):
+    def judge(found, champion=10.0):
+        given = GatePolicy(**policy)
+        serving = {"latency": found, "champion_latency": {"p95_ms": champion}}
+        return failed(evaluate(month.label, month.poor, month.good, clusters=month.day, policy=given, **serving))
+
+    assert judge(latency) == {name}
+    assert judge({"p95_ms": 14.0, "p99_ms": 79.0, "memory_mib": 499.0}) == set()
+    if "max_latency_ratio" in policy:
+        assert judge({"p95_ms": 14.0}, None) == {name}
+        first = evaluate(month.label, None, month.good, clusters=month.day, policy=GatePolicy(**policy))
+        assert name not in {check.name for check in first.checks}
+
+
+def test_arms_scored_on_different_rows_are_refused(month):
+    label, poor, good = (pd.Series(values) for values in (month.label, month.poor, month.good))
+    assert evaluate(label, poor, good, clusters=month.day).passed
+    with pytest.raises(InvalidInputError, match="the champion has predictions for different rows"):
+        evaluate(label, poor.sample(frac=1, random_state=0), good, clusters=month.day)
+
+
+@pytest.mark.parametrize(
+    ("metric", "method", "shown"),
+    [
+        ("log_loss", None, "clustered t"),
+        ("log_loss", "permutation", "permutation, all exchanges; interval of the cluster bootstrap"),
+        ("brier", "bootstrap", "cluster bootstrap"),
+        ("auc", None, "clustered DeLong"),
+        ("auc", "bootstrap", "cluster bootstrap"),
+        ("accuracy", None, "clustered t"),
+        ("sklearn.metrics:roc_auc_score", None, "permutation, all exchanges; interval of the cluster bootstrap"),
+    ],
+)
+def test_the_policys_test_decides_and_the_others_stand_beside_it(month, metric, method, shown):
+    policy = GatePolicy(metric=metric, method=method, replicates=200)
+    verdict = evaluate(month.label, month.poor, month.good, clusters=month.day, policy=policy)
+    first, *others = verdict.differences
+    assert (first["metric"], first["method"]) == (metric, shown)
+    assert {gain["metric"] for gain in others} >= {"log_loss", "brier", "auc"} - {metric}
+    assert len({(gain["metric"], gain["method"]) for gain in verdict.differences}) == len(verdict.differences)
+    assert shown in verdict.reasons[0]
 
 
 def test_a_slice_that_loses_stops_a_challenger_that_wins_overall(month):
@@ -245,10 +299,48 @@ def test_the_same_input_gives_the_same_verdict(month):
 def test_the_report_shows_verdict_and_plots(month):
     verdict = evaluate(month.label, month.good, month.poor, clusters=month.day, slices={"<origin>": month.origin})
     page = render(verdict, month.label, month.poor, month.good, title="July & <August>")
-    assert "July &amp; &lt;August&gt;: <span class=no>failed" in page
+    assert 'July &amp; &lt;August&gt; <span class="chip bad">failed' in page
     assert page.count("data:image/png;base64,") == 2
     assert "&lt;origin&gt;" in page
     assert "http" not in page
+    assert page.index("NO</b></td><td>improvement in log_loss") < page.index("yes</b></td><td>rows")
+
+
+def test_the_report_shows_all_that_was_judged(month):
+    policy = GatePolicy(
+        max_missing_loss=0.1,
+        max_latency_ratio=2,
+        fairness={"column": "<sex>", "metrics": {"demographic_parity_difference": 0.2}},
+    )
+    verdict = evaluate(
+        month.label,
+        month.poor,
+        month.good,
+        clusters=month.day,
+        groups={"<sex>": month.origin},
+        policy=policy,
+        latency={"p95_ms": 12.5},
+        champion_latency={"p95_ms": 11.25},
+        missing=[
+            {"what": "wind & rain", "loss": None, "refused": "no <NaN>"},
+            {"what": "hour", "loss": 0.02, "refused": None},
+        ],
+        cases=[{"name": "a <storm>", "passed": False, "found": "0.2", "expected": "0.9 to 1"}],
+    )
+    page = render(verdict, month.label, month.good, month.poor)
+    for shown in (
+        "&lt;sex&gt;",
+        "wind &amp; rain",
+        "refuses: no &lt;NaN&gt;",
+        "a &lt;storm&gt;",
+        "11.25",
+        "Spiegelhalter",
+    ):
+        assert shown in page, shown
+    text = json.dumps(verdict.to_json(), allow_nan=False)
+    assert GateVerdict.from_json(json.loads(text)).to_json() == json.loads(text)
+    old = {key: value for key, value in json.loads(text).items() if key not in ("fairness", "missing", "cases")}
+    assert GateVerdict.from_json(old).cases == ()
 
 
 def test_the_report_does_without_plots_when_there_is_nothing_to_plot(month):
@@ -261,6 +353,16 @@ class TestPolicy:
     def test_json_round_trip_and_template_text(self):
         policy = GatePolicy(metric="auc", floors={"auc": 0.7}, max_latency_ms=20)
         assert GatePolicy.from_json(policy.to_json()) == policy
+        policy = GatePolicy(
+            metric="a:b",
+            method="bootstrap",
+            greater_is_better=False,
+            floors={"a:b": -1},
+            calibration_slope=(0.8, 1.2),
+            fairness={"column": "sex", "metrics": {"equalized_odds_ratio": 0.8}},
+        )
+        assert GatePolicy.from_json(json.loads(json.dumps(policy.to_json()))) == policy
+        assert GatePolicy.from_json({"greater_is_better": "False"}) == GatePolicy(greater_is_better=False)
         text = {"alpha": "0.01", "min_rows": "100", "floors": {"auc": "0.6"}, "max_latency_ms": "None"}
         assert GatePolicy.from_json(text) == GatePolicy(alpha=0.01, min_rows=100, floors={"auc": 0.6})
 
@@ -280,6 +382,18 @@ class TestPolicy:
             ({"floors": {"auc": float("nan")}}, "finite"),
             ({"rule": "non_inferiority"}, "positive margin"),
             ({"min_clusters": 1}, "at least 2"),
+            ({"method": "magic"}, "method is 'magic'; for the metric log_loss expected one of"),
+            ({"metric": "accuracy", "method": "delong"}, "for the metric accuracy expected"),
+            ({"metric": "auc", "method": "permutation", "margin": 0.01}, "says nothing of a margin in auc"),
+            ({"metric": "a:b", "method": "permutation", "rule": "non_inferiority", "margin": 1}, "method='bootstrap'"),
+            ({"threshold": 1.5}, "threshold is 1.5"),
+            ({"missing_share": -1}, "missing_share is -1"),
+            ({"replicates": 50}, "fewer than 200"),
+            ({"greater_is_better": "perhaps"}, "expected true or false"),
+            ({"calibration_slope": [1.1, 1.3]}, "with 1 between them"),
+            ({"calibration_slope": "steep"}, "calibration_slope is 'steep'"),
+            ({"max_memory_mib": -5}, "not negative"),
+            ({"floors": {"a:b": float("inf")}}, "finite numbers"),
         ],
     )
     def test_what_makes_no_rule_is_refused(self, value, message):

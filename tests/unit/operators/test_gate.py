@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import pathlib
+import re
 
 import pandas as pd
 import pytest
@@ -21,7 +23,8 @@ CONTEXT = {
 
 
 def test_all_but_switches_is_templated(untemplated):
-    assert untemplated(ModelGateOperator) == {"alias", "cluster", "measure_latency", "on_fail", "mlflow_conn_id"}
+    switches = {"alias", "cluster", "measure_latency", "on_fail", "pass_task_ids", "fail_task_ids", "mlflow_conn_id"}
+    assert untemplated(ModelGateOperator) == switches
     assert untemplated(ModelScoreOperator) == {"optional", "mlflow_conn_id"}
 
 
@@ -56,8 +59,8 @@ def test_a_gate_without_its_inputs_does_not_pass(name, blank):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"on_fail": "warn"}, "on_fail is 'warn'; expected 'fail' or 'skip'"),
-        ({"policy": {"metric": "accuracy"}}, "metric is 'accuracy'; expected one of"),
+        ({"on_fail": "warn"}, "on_fail is 'warn'; expected one of"),
+        ({"policy": {"metric": "f1"}}, "metric is 'f1'; expected one of .* or package.module:function"),
         ({"policy": "{'rule': 'non_inferiority'}"}, "positive margin"),
         ({"policy": "strict"}, "policy is 'strict'; expected a dict"),
         ({"champion_uri": None}, "no champion, or a lost one"),
@@ -118,3 +121,50 @@ class TestReadRows:
     def test_what_is_lacking_is_named(self, uri):
         with pytest.raises(DataError, match=r"lacks \['delay'\]; it has \['event_timestamp', 'late'\]"):
             read_rows(uri, "delay")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "needs fail_task_ids"),
+        (
+            {"fail_task_ids": "later"},
+            r"names 'later', which does not come directly after 'gate'; after it come \['go', 'tell'\]",
+        ),
+        ({"fail_task_ids": "tell", "pass_task_ids": ["absent"]}, "names 'absent'"),
+    ],
+)
+def test_a_branch_that_leads_nowhere_is_named_before_anything_runs(changes, message):
+    from airflow.providers.standard.operators.empty import EmptyOperator
+    from airflow.sdk import DAG
+
+    with DAG("training", schedule=None):
+        gate = ModelGateOperator(task_id="gate", on_fail="branch", **GATE | changes)
+        go = EmptyOperator(task_id="go")
+        gate >> [EmptyOperator(task_id="tell"), go]
+        go >> EmptyOperator(task_id="later")
+    with pytest.raises(AirflowFailException, match=message):
+        gate.execute(CONTEXT)
+
+
+PAGE = pathlib.Path(__file__).parents[3] / "docs/gate.md"
+
+
+def test_the_operator_of_the_page():
+    from airflow_mlops.evaluation.cases import read_cases
+
+    mark = "<!-- tests/unit/operators/test_gate.py makes this very operator -->"
+    block = re.search(re.escape(mark) + r"\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert block
+    names = {"ModelGateOperator": ModelGateOperator, "CHALLENGER": "m", "HOLDOUT": "d", "DATA": "/data"}
+    exec(block[1], names)
+    gate = names["gate"]
+    assert gate._policy().test == "delong"
+    assert len(read_cases(gate.cases)) == 3
+
+
+def test_the_notebook_of_the_page(capsys):
+    block = re.search(r"## In a notebook\n\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert block
+    exec(block[1], {})
+    assert capsys.readouterr().out.startswith("True ('improvement in auc: gain +0.0")
