@@ -10,6 +10,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.evaluation import GatePolicy, GateVerdict
 from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError
+from airflow_mlops.operators._approval import ApprovalMixin, decided, gate_question
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.shell import as_mapping, as_names, is_blank, log_table, permanent_errors_fail, push_result, require
 from airflow_mlops.storage import join, write_bytes, write_json
@@ -199,7 +200,7 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-class ModelGateOperator(MlflowBaseOperator):
+class ModelGateOperator(ApprovalMixin, MlflowBaseOperator):
     """Compare the challenger with the champion on the same held-out rows and stop it unless the policy is met.
 
     The champion is ``champion_uri``; else version ``champion_version`` of ``model_name``; else what ``alias`` of
@@ -227,6 +228,10 @@ class ModelGateOperator(MlflowBaseOperator):
     :param measure_latency: time single predictions in a fresh process; done anyway when the policy limits it
     :param on_fail: ``"fail"`` fails the task without retry, ``"skip"`` skips it and what follows; the result is
         pushed in both cases
+    :param approval: a person's word on the verdict before the task ends: a rejection is a verdict that did not pass, an
+        approval of one that did not pass overrules it, and ``approval`` of the result says who, see
+        :class:`airflow_mlops.approval.Approval`; None for none (templated)
+    :param approval_notifiers: told when somebody is asked
     :param mlflow_conn_id: connection of type ``mlflow``
     :param tracking_uri: overrides the connection's (templated)
     :return: :meth:`GateVerdict.to_json` and ``challenger_uri``, ``champion_uri``, ``champion_version``,
@@ -246,6 +251,7 @@ class ModelGateOperator(MlflowBaseOperator):
         "features",
         "policy",
         "slice_columns",
+        "approval",
         "tracking_uri",
     )
 
@@ -290,12 +296,24 @@ class ModelGateOperator(MlflowBaseOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail():
-            result = self._judge(context)
+            approval, result = self._approval(), self._judge(context)
+            if approval is not None and approval.concerns(result["passed"]):
+                question = gate_question(result, self.task_id)
+                self._ask(context, approval, *question, overriding=not result["passed"], result=result)
+        return self._conclude(context, result, self.on_fail)
+
+    def execute_complete(self, context: Context, event: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """Take over from the person who was asked, or from their silence."""
+        with permanent_errors_fail():
+            answer = self._answer(event)
+        return self._conclude(context, decided(result, answer), self.on_fail if answer else "fail")
+
+    def _conclude(self, context: Context, result: dict[str, Any], on_fail: str) -> dict[str, Any]:
         if result["passed"]:
             return result
         push_result(self, context, result)
         message = f"the challenger does not pass: {'; '.join(result['reasons'])}. Report: {result['report_uri']}"
-        raise AirflowSkipException(message) if self.on_fail == "skip" else AirflowFailException(message)
+        raise AirflowSkipException(message) if on_fail == "skip" else AirflowFailException(message)
 
     def _judge(self, context: Context) -> dict[str, Any]:
         from airflow_mlops.evaluation import evaluate

@@ -21,7 +21,8 @@ CONTEXT = {
 
 
 def test_all_but_switches_is_templated(untemplated):
-    assert untemplated(ModelGateOperator) == {"alias", "cluster", "measure_latency", "on_fail", "mlflow_conn_id"}
+    switches = {"alias", "cluster", "measure_latency", "on_fail", "approval_notifiers"}
+    assert untemplated(ModelGateOperator) == {*switches, "mlflow_conn_id"}
     assert untemplated(ModelScoreOperator) == {"optional", "mlflow_conn_id"}
 
 
