@@ -112,7 +112,7 @@ def input_example(model: Any, rows: pd.DataFrame) -> dict[str, Any] | None:
     names = schema.input_names()
     if set(names) - set(rows.columns):
         return None
-    shown = json.loads(rows[names].to_json(orient="split", date_format="iso", date_unit="us"))
+    shown = json.loads(rows[names].to_json(orient="split", date_format="iso", date_unit="us", double_precision=15))
     return {"columns": shown["columns"], "data": shown["data"]}
 
 
@@ -229,11 +229,22 @@ def described(key: str, window: Sequence[Any], rows: int | None, gate: dict[str,
     return f"{' '.join(parts)}. {verdict[0].upper()}{verdict[1:]}."
 
 
-def gate_word(gate: Mapping[str, Any]) -> str:
-    """The gate as one word of a tag."""
-    if not gate:
-        return "none"
-    return "overruled" if (gate.get("approval") or {}).get("overrode") else "passed"
+def tags_of(papers: Papers) -> dict[str, Any]:
+    """A version's tags that follow from the training's papers alone; blank ones included."""
+    approval = papers.gate.get("approval") or {}
+    word = "none" if not papers.gate else "overruled" if approval.get("overrode") else "passed"
+    return {
+        RUN_KEY: papers.key,
+        "mlops.created_by": papers.task,
+        "mlops.dataset_uri": papers.data.get("uri"),
+        "mlops.dataset_sha256": papers.data.get("sha256"),
+        "mlops.dataset_md5": papers.snapshot.get("md5"),
+        "mlops.run_dir": papers.training.get("run_dir"),
+        "mlops.gate": word,
+        "mlops.gate_uri": papers.gate.get("report_uri"),
+        "mlops.gate_approved_by": approval.get("by"),
+        "mlops.gate_approved_at": approval.get("at"),
+    }
 
 
 def file_name(key: str) -> str:

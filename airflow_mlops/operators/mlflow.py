@@ -19,13 +19,13 @@ from airflow_mlops.operators._registration import (
     described,
     file_name,
     first_rows,
-    gate_word,
     held_out,
     log_dataset,
     loss_reference,
     performance,
     record,
     stored_example,
+    tags_of,
 )
 from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail, push_result
 from airflow_mlops.storage import join, write_json
@@ -200,43 +200,28 @@ class MlflowRegisterOperator(MlflowBaseOperator):
         experiment = self.model_name if is_blank(self.experiment) else str(self.experiment)
         name = file_name(papers.key)[-80:]
         run = self.hook.run_for_key(experiment, papers.key, name=name, tags={"mlops.kind": "training"})
+        profile, rows = self._profile(papers)
         window = papers.data.get("window") or {}
         start = window.get("start") if is_blank(self.window_start) else self.window_start
         end = window.get("end") if is_blank(self.window_end) else self.window_end
-        profile, rows = self._profile(papers)
-        approval = papers.gate.get("approval") or {}
         tags = {
-            RUN_KEY: papers.key,
-            "mlops.created_by": papers.task,
+            **tags_of(papers),
             "mlops.window_start": start,
             "mlops.window_end": end,
-            "mlops.dataset_uri": papers.data.get("uri"),
-            "mlops.dataset_sha256": papers.data.get("sha256"),
-            "mlops.dataset_md5": papers.snapshot.get("md5"),
-            "mlops.run_dir": papers.training.get("run_dir"),
-            "mlops.gate": gate_word(papers.gate),
-            "mlops.gate_uri": papers.gate.get("report_uri"),
-            "mlops.gate_approved_by": approval.get("by"),
-            "mlops.gate_approved_at": approval.get("at"),
             **self._evidence(run, papers, profile),
             "mlops.input_example_uri": stored_example(client, run, model, rows, int(self.example_rows)),
             **as_mapping(self.tags, "tags"),
         }
         if profile is not None:
             log_dataset(client, run, f"{self.model_name}-training", papers, profile, rows)
-        record(
-            self.hook.client,
-            run,
-            papers,
-            as_mapping(self.metrics, "metrics"),
-            as_mapping(self.parameters, "parameters"),
-        )
+        metrics, parameters = as_mapping(self.metrics, "metrics"), as_mapping(self.parameters, "parameters")
+        record(client, run, papers, metrics, parameters)
         client.log_artifacts(run.info.run_id, model_dir, "model")
         client.set_terminated(run.info.run_id, "FINISHED")
-        kept = {name: str(value) for name, value in tags.items() if not is_blank(value)}
         told = self.description
         if is_blank(told):
             told = described(papers.key, (start, end), profile.rows if profile else None, papers.gate)
+        kept = {name: str(value) for name, value in tags.items() if not is_blank(value)}
         return self._create_version(run, kept, str(told))
 
     def _create_version(self, run: Any, tags: dict[str, str], description: str) -> tuple[Any, bool]:
