@@ -34,6 +34,12 @@ class ConcurrentChangeError(MlopsError):
     retryable = False
 
 
+class ApprovalError(MlopsError):
+    """A person was needed and did not agree, was silent until the deadline, or could not be asked."""
+
+    retryable = False
+
+
 class ExternalSystemError(MlopsError):
     """An external system is down or answered with an error; a retry may succeed."""
 

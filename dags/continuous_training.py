@@ -25,6 +25,7 @@ from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowSkipException
 from airflow.timetables.interval import CronDataIntervalTimetable
 
+from airflow_mlops.assets import model_asset
 from airflow_mlops.examples.flights import CALENDAR_BOUND, HARM, LABEL, MODEL, SERVICE
 from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.operators.canary import CanaryPromoteOperator
@@ -336,6 +337,7 @@ with DAG(
             model_name=MODEL,
             version=register.output["version"],
             expected_version=planned["champion"],
+            outlets=[model_asset(MODEL)],
             doc_md="Moves the champion alias, if it still names the version this run was judged against.",
         )
 

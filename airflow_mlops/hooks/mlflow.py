@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
 
-from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError, RegistryError
+from airflow_mlops.exceptions import (
+    ConcurrentChangeError,
+    ExternalSystemError,
+    InvalidInputError,
+    MlopsError,
+    RegistryError,
+)
 from airflow_mlops.storage import is_local, local_path
 
 if TYPE_CHECKING:
@@ -22,6 +28,10 @@ if TYPE_CHECKING:
 _ENVIRONMENT = threading.RLock()
 LEASE_SECONDS = 60.0
 LEASE_SETTLE_SECONDS = 1.0
+# Errors of MLflow that say that the request, not the server, is wrong.
+REFUSALS = frozenset(
+    {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "PERMISSION_DENIED"}
+)
 
 
 class MlflowHook(BaseHook):
@@ -93,6 +103,27 @@ class MlflowHook(BaseHook):
             "MLFLOW_TRACKING_TOKEN": connection.extra_dejson.get("token"),
         }
         return {name: value for name, value in found.items() if value}
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While inside, what MLflow's client raises is one of this package's errors.
+
+        :raises RegistryError: MLflow refuses what was asked
+        :raises ExternalSystemError: it does not answer, or failed
+        """
+        try:
+            yield
+        except MlopsError:
+            raise
+        except Exception as error:
+            # Only what has loaded MLflow can raise its exception.
+            from mlflow.exceptions import MlflowException
+
+            if not isinstance(error, MlflowException):
+                raise
+            if error.error_code in REFUSALS:
+                raise RegistryError(f"MLflow refuses it: {_first_line(error)}") from error
+            raise self._unreachable(error) from error
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -439,9 +470,11 @@ class MlflowHook(BaseHook):
         path = url.path.rstrip("/")
         return f"{url.scheme}://{place}{path}/#/experiments/{self.experiment_id(experiment)}/runs/{run_id}"
 
-    @staticmethod
-    def _unreachable(error: Exception) -> ExternalSystemError:
-        return ExternalSystemError(f"MLflow answered with an error: {str(error).splitlines()[0][:500]}")
+    def _unreachable(self, error: Exception) -> ExternalSystemError:
+        return ExternalSystemError(
+            f"MLflow at {_without_password(self.tracking_uri)} answered with an error: {_first_line(error)}; is it up, "
+            f"and the connection {self.mlflow_conn_id!r} right?"
+        )
 
 
 class _WithSession:
@@ -472,6 +505,10 @@ def _quoted(value: str) -> str:
     if "'" in value:
         raise InvalidInputError(f"{value!r} holds a quote, which MLflow's search cannot express; rename it")
     return f"'{value}'"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:500]
 
 
 def _without_password(uri: str) -> str:

@@ -21,17 +21,27 @@ def compare_and_set(
 
     :raises ConcurrentChangeError: another version has the alias
     """
-    current = holder_of(hook, name, alias)
-    if current == version:
+    if not to_move(hook, name, alias, version, expected):
         # An earlier try may have died before it left the record that tells a lost champion from none.
         hook.client.set_registered_model_tag(name, alias_tag(alias), version)
+        return False
+    move_alias(hook, name, alias, version, keep=(previous_alias, expected))
+    return True
+
+
+def to_move(hook: MlflowHook, name: str, alias: str, version: str, expected: str | None) -> bool:
+    """Whether ``alias`` is where the decision found it; False when ``version`` has it already.
+
+    :raises ConcurrentChangeError: another version has the alias
+    """
+    current = holder_of(hook, name, alias)
+    if current == version:
         return False
     if current != expected:
         raise ConcurrentChangeError(
             f"{alias} of {name} is version {current or 'none'}, but this promotion was decided "
             f"against {expected or 'none'}; somebody else moved it. Run the gate again against the new champion."
         )
-    move_alias(hook, name, alias, version, keep=(previous_alias, expected))
     return True
 
 

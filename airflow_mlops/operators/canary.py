@@ -6,7 +6,6 @@ import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.sdk import BaseOperator
@@ -212,7 +211,7 @@ class CanaryPromoteOperator(BaseOperator):
             if "chosen_options" in event:
                 answer = said(event)
                 self.log.info("%s by %s", "approved" if answer.approved else "rejected", answer.by)
-                known = {"asked": asked, "answer": {"step": asked, **asdict(answer)}}
+                known = {"asked": asked, "answer": {"step": asked, "approved": answer.approved, "by": answer.by}}
                 self._defer(spec, place, before=_stored(context), **known)
             if event["status"] == "approval":
                 self._ask(context)

@@ -12,6 +12,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 from airflow_mlops.evaluation import GatePolicy, GateVerdict
 from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError
 from airflow_mlops.links import MlflowRunLink, ReportLink
+from airflow_mlops.operators._approval import ApprovalMixin, decided, gate_question
 from airflow_mlops.operators._gate import behaviour, branches, fairness_columns, load, to_mlflow
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.shell import as_mapping, as_names, is_blank, log_table, permanent_errors_fail, push_result, require
@@ -203,7 +204,7 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-class ModelGateOperator(MlflowBaseOperator, BranchMixIn):
+class ModelGateOperator(ApprovalMixin, MlflowBaseOperator, BranchMixIn):
     """Compare the challenger with the champion on the same held-out rows and stop it unless the policy is met.
 
     The champion is ``champion_uri``; else version ``champion_version`` of ``model_name``; else what ``alias`` of
@@ -237,6 +238,10 @@ class ModelGateOperator(MlflowBaseOperator, BranchMixIn):
         pushed in all cases
     :param pass_task_ids: with ``"branch"``, tasks or task groups that follow a pass; None for all but ``fail_task_ids``
     :param fail_task_ids: with ``"branch"``, tasks or task groups that follow a failure
+    :param approval: a person's word on the verdict before the task ends: a rejection is a verdict that did not pass, an
+        approval of one that did not pass overrules it, and ``approval`` of the result says who, see
+        :class:`airflow_mlops.approval.Approval`; None for none (templated)
+    :param approval_notifiers: told when somebody is asked
     :param mlflow_conn_id: connection of type ``mlflow``
     :param tracking_uri: overrides the connection's (templated)
     :return: :meth:`GateVerdict.to_json` and ``challenger_uri``, ``champion_uri``, ``champion_version``,
@@ -261,6 +266,7 @@ class ModelGateOperator(MlflowBaseOperator, BranchMixIn):
         "slice_columns",
         "cases",
         "experiment",
+        "approval",
         "tracking_uri",
     )
 
@@ -313,26 +319,40 @@ class ModelGateOperator(MlflowBaseOperator, BranchMixIn):
 
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail():
-            follow = self._branches()
-            result = self._judge(context)
-        if follow is not None:
+            self._branches()
+            approval, result = self._approval(), self._judge(context)
+            if approval is not None and approval.concerns(result["passed"]):
+                question = gate_question(result, self.task_id)
+                self._ask(context, approval, *question, overriding=not result["passed"], result=result)
+        return self._conclude(context, result, self.on_fail)
+
+    def execute_complete(self, context: Context, event: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """Take over from the person who was asked, or from their silence."""
+        with permanent_errors_fail():
+            answer = self._answer(event)
+        return self._conclude(context, decided(result, answer), self.on_fail if answer else "fail")
+
+    def _conclude(self, context: Context, result: dict[str, Any], on_fail: str) -> dict[str, Any]:
+        """Return a verdict that passed; otherwise do as ``on_fail`` says, the verdict pushed in any case."""
+        if on_fail == "branch":
             push_result(self, context, result)
-            self.do_branch(context, follow[result["passed"]])
+            self.do_branch(context, self._branches()[result["passed"]])
             return result
         if result["passed"]:
             return result
         push_result(self, context, result)
         message = f"the challenger does not pass: {'; '.join(result['reasons'])}. Report: {result['report_uri']}"
-        raise AirflowSkipException(message) if self.on_fail == "skip" else AirflowFailException(message)
+        raise AirflowSkipException(message) if on_fail == "skip" else AirflowFailException(message)
 
-    def _branches(self) -> Mapping[bool, list[str]] | None:
+    def _branches(self) -> Mapping[bool, list[str]]:
+        """By verdict what follows; nothing unless ``on_fail`` is ``"branch"``."""
         if self.on_fail not in ON_FAIL:
             raise InvalidInputError(f"on_fail is {self.on_fail!r}; expected one of {ON_FAIL}")
         if self.on_fail == "branch":
             return branches(self, self.pass_task_ids, self.fail_task_ids)
         if self.pass_task_ids or self.fail_task_ids:
             raise InvalidInputError(f"pass_task_ids and fail_task_ids need on_fail='branch'; it is {self.on_fail!r}")
-        return None
+        return {}
 
     def _judge(self, context: Context) -> dict[str, Any]:
         from airflow_mlops.evaluation import cases as behave

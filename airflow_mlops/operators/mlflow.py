@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError, RegistryError
-from airflow_mlops.operators._alias import compare_and_set, move_alias
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError, RegistryError
+from airflow_mlops.operators._alias import compare_and_set, move_alias, to_move
+from airflow_mlops.operators._approval import ApprovalMixin
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
-from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail
-from airflow_mlops.storage import join, read_bytes, write_json
+from airflow_mlops.operators._promotion import APPROVED_AT, APPROVED_BY, promotion_question, said_before
+from airflow_mlops.operators._registration import (
+    RUN_KEY,
+    Papers,
+    checked_model,
+    described,
+    file_name,
+    first_rows,
+    held_out,
+    log_dataset,
+    loss_reference,
+    performance,
+    record,
+    stored_example,
+    tags_of,
+)
+from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail, push_result
+from airflow_mlops.storage import join, write_json
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-RUN_KEY = "mlops.run_key"
+    from airflow_mlops.approval import Said
+    from airflow_mlops.drift import Profile
+
+# Rows of a training set from which the types of its columns are told.
+SCHEMA_ROWS = 100
 ROLLED_BACK = "mlops.rolled_back"
-COSTS = ("wall_seconds", "cpu_seconds", "gpu_seconds", "attempts")
 # Artifact stores that only an MLflow server can read.
 SERVER_ONLY = ("mlflow-artifacts:", "dbfs:", "databricks:")
-
-
-@dataclass(frozen=True)
-class _Papers:
-    """One training as the arguments of a registration describe it."""
-
-    key: str
-    model_uri: str
-    training: dict[str, Any]
-    data: dict[str, Any]
-    gate: dict[str, Any]
-    snapshot: dict[str, Any]
-    task: str
 
 
 class MlflowRegisterOperator(MlflowBaseOperator):
@@ -48,7 +52,13 @@ class MlflowRegisterOperator(MlflowBaseOperator):
     The version's tags: ``mlops.run_key``, ``mlops.window_start``, ``mlops.window_end``, ``mlops.dataset_uri``,
     ``mlops.dataset_md5``, ``mlops.profile_uri`` (profile of the training set), ``mlops.loss_reference_uri`` (losses on
     the gate's hold-out), ``mlops.performance_uri`` (what estimates its performance without labels, where the hold-out
-    has enough rows), ``mlops.gate``, ``mlops.gate_uri``, and those given.
+    has enough rows), ``mlops.input_example_uri``, ``mlops.gate`` (``passed``, ``overruled`` or ``none``),
+    ``mlops.gate_uri``, ``mlops.gate_approved_by`` and ``mlops.gate_approved_at`` where somebody was asked, and those
+    given.
+
+    The model has to be one that can be loaded here without running code it holds, and its signature has to name its
+    inputs. Its folder is kept as it was judged, byte by byte: where it has no input example, one made of the training
+    set's first rows, in MLflow's format, lies beside it.
 
     :param model_name: registered model (templated)
     :param training: the result of ``RayTrainOperator``: ``run_key``, ``model_uri``, ``metrics``, seconds (templated)
@@ -65,6 +75,10 @@ class MlflowRegisterOperator(MlflowBaseOperator):
     :param window_start: first instant of the data, kept as a tag; else the training set's (templated)
     :param window_end: first instant after it (templated)
     :param tags: further tags of the version (templated)
+    :param description: of the version; None for a line that names training, window, rows and verdict (templated)
+    :param require_signature: refuse a model without a signature
+    :param example_rows: rows of the input example that is made where the model has none; 0 for no example, where rows
+        of the training set must not be seen in the registry
     :param experiment: MLflow experiment; None for the model's name (templated)
     :param evidence_uri: folder for profile, loss reference and estimator; None for the run's artifacts. Needed where
         only the MLflow server can read artifacts (templated)
@@ -89,6 +103,7 @@ class MlflowRegisterOperator(MlflowBaseOperator):
         "window_start",
         "window_end",
         "tags",
+        "description",
         "experiment",
         "evidence_uri",
         "alias",
@@ -112,6 +127,9 @@ class MlflowRegisterOperator(MlflowBaseOperator):
         window_start: str | None = None,
         window_end: str | None = None,
         tags: Mapping[str, str] | str | None = None,
+        description: str | None = None,
+        require_signature: bool = True,
+        example_rows: int = 5,
         experiment: str | None = None,
         evidence_uri: str | None = None,
         alias: str | None = "challenger",
@@ -132,12 +150,15 @@ class MlflowRegisterOperator(MlflowBaseOperator):
         self.window_start = window_start
         self.window_end = window_end
         self.tags = tags
+        self.description = description
+        self.require_signature = require_signature
+        self.example_rows = example_rows
         self.experiment = experiment
         self.evidence_uri = evidence_uri
         self.alias = alias
 
     def execute(self, context: Context) -> dict[str, Any]:
-        with permanent_errors_fail():
+        with permanent_errors_fail(), self.hook.answering():
             papers = self._papers(context)
             known = self.hook.versions_tagged(self.model_name, RUN_KEY, papers.key)
             version, created = (known[0], False) if known else self._create(papers)
@@ -152,7 +173,7 @@ class MlflowRegisterOperator(MlflowBaseOperator):
                 "created": created,
             }
 
-    def _papers(self, context: Context) -> _Papers:
+    def _papers(self, context: Context) -> Papers:
         """What the arguments say about the training, checked."""
         training, gate = as_mapping(self.training, "training"), as_mapping(self.gate, "gate")
         model_uri = training.get("model_uri") if is_blank(self.model_uri) else self.model_uri
@@ -167,44 +188,43 @@ class MlflowRegisterOperator(MlflowBaseOperator):
         given = self.training_set
         is_uri = isinstance(given, str) and not is_blank(given) and not given.lstrip().startswith("{")
         data = {"uri": given} if is_uri else as_mapping(given, "training_set")
-        return _Papers(
+        return Papers(
             str(key), str(model_uri), training, data, gate, as_mapping(self.snapshot, "snapshot"), task_key(context)
         )
 
-    def _create(self, papers: _Papers) -> tuple[Any, bool]:
+    def _create(self, papers: Papers) -> tuple[Any, bool]:
         """Record the run, then the version with all its tags at once, so that a version is never half-described."""
-        from airflow_mlops.evaluation.scorer import HOW_TO_STORE, pickled_files
-
         client = self.hook.client
         model_dir = self.hook.model_dir(papers.model_uri)
-        if not os.path.isfile(os.path.join(model_dir, "MLmodel")):
-            raise InvalidInputError(f"{papers.model_uri} holds no MLflow model (no file MLmodel)")
-        if pickles := pickled_files(model_dir):
-            raise InvalidInputError(f"the model in {papers.model_uri} is pickled ({pickles[0]}). {HOW_TO_STORE}")
+        model = checked_model(model_dir, papers.model_uri, require_signature=self.require_signature)
         experiment = self.model_name if is_blank(self.experiment) else str(self.experiment)
-        name = _file_name(papers.key)[-80:]
+        name = file_name(papers.key)[-80:]
         run = self.hook.run_for_key(experiment, papers.key, name=name, tags={"mlops.kind": "training"})
+        profile, rows = self._profile(papers)
         window = papers.data.get("window") or {}
+        start = window.get("start") if is_blank(self.window_start) else self.window_start
+        end = window.get("end") if is_blank(self.window_end) else self.window_end
         tags = {
-            RUN_KEY: papers.key,
-            "mlops.created_by": papers.task,
-            "mlops.window_start": window.get("start") if is_blank(self.window_start) else self.window_start,
-            "mlops.window_end": window.get("end") if is_blank(self.window_end) else self.window_end,
-            "mlops.dataset_uri": papers.data.get("uri"),
-            "mlops.dataset_sha256": papers.data.get("sha256"),
-            "mlops.dataset_md5": papers.snapshot.get("md5"),
-            "mlops.run_dir": papers.training.get("run_dir"),
-            "mlops.gate": "passed" if papers.gate else "none",
-            "mlops.gate_uri": papers.gate.get("report_uri"),
-            **self._evidence(run, papers),
+            **tags_of(papers),
+            "mlops.window_start": start,
+            "mlops.window_end": end,
+            **self._evidence(run, papers, profile),
+            "mlops.input_example_uri": stored_example(client, run, model, rows, int(self.example_rows)),
             **as_mapping(self.tags, "tags"),
         }
-        self._record(run, papers)
+        if profile is not None:
+            log_dataset(client, run, f"{self.model_name}-training", papers, profile, rows)
+        metrics, parameters = as_mapping(self.metrics, "metrics"), as_mapping(self.parameters, "parameters")
+        record(client, run, papers, metrics, parameters)
         client.log_artifacts(run.info.run_id, model_dir, "model")
         client.set_terminated(run.info.run_id, "FINISHED")
-        return self._create_version(run, {name: str(value) for name, value in tags.items() if not is_blank(value)})
+        told = self.description
+        if is_blank(told):
+            told = described(papers.key, (start, end), profile.rows if profile else None, papers.gate)
+        kept = {name: str(value) for name, value in tags.items() if not is_blank(value)}
+        return self._create_version(run, kept, str(told))
 
-    def _create_version(self, run: Any, tags: dict[str, str]) -> tuple[Any, bool]:
+    def _create_version(self, run: Any, tags: dict[str, str], description: str) -> tuple[Any, bool]:
         from mlflow.exceptions import MlflowException
 
         client = self.hook.client
@@ -214,7 +234,7 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         source = f"{run.info.artifact_uri}/model"
-        made = client.create_model_version(self.model_name, source, run.info.run_id, tags=tags)
+        made = client.create_model_version(self.model_name, source, run.info.run_id, tags=tags, description=description)
         # Numbers are handed out in order: whoever holds the lowest was first, and every later one sees it.
         first = self.hook.versions_tagged(self.model_name, RUN_KEY, tags[RUN_KEY])[0]
         if int(first.version) < int(made.version):
@@ -222,71 +242,36 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             client.delete_model_version(self.model_name, made.version)
         return first, first.version == made.version
 
-    def _evidence(self, run: Any, papers: _Papers) -> dict[str, str]:
-        """Store the training profile and the loss reference; the tags that point to them."""
-        found: dict[str, Any] = {}
-        source, predictions = papers.data.get("uri"), papers.gate.get("predictions_uri")
-        if not is_blank(source):
-            from airflow_mlops.drift import Profile
+    def _profile(self, papers: Papers) -> tuple[Profile | None, Any]:
+        """The profile of the training set, and its first rows; None for both where there is none."""
+        source = papers.data.get("uri")
+        if is_blank(source):
+            return None, None
+        from airflow_mlops.drift import Profile
 
-            columns = as_names(self.features, "features") or papers.data.get("features")
-            categorical = as_names(self.categorical, "categorical")
-            found["profile"] = Profile.of(source, columns=columns, categorical=categorical).to_json()
-            self._log_dataset(run, papers, found["profile"]["digest"])
+        columns = as_names(self.features, "features") or papers.data.get("features")
+        categorical = as_names(self.categorical, "categorical")
+        profile = Profile.of(source, columns=columns, categorical=categorical)
+        return profile, first_rows(str(source), max(int(self.example_rows), SCHEMA_ROWS))
+
+    def _evidence(self, run: Any, papers: Papers, profile: Profile | None) -> dict[str, str]:
+        """Store the training profile and the loss reference; the tags that point to them."""
+        found: dict[str, Any] = {} if profile is None else {"profile": profile.to_json()}
+        predictions = papers.gate.get("predictions_uri")
         if not is_blank(predictions):
-            held_out = _held_out(str(predictions))
-            found["loss_reference"] = _loss_reference(held_out)
-            found |= self._performance(held_out)
+            frame = held_out(str(predictions))
+            found["loss_reference"] = loss_reference(frame)
+            found |= performance(frame, self.log)
         if is_blank(self.evidence_uri):
             folder = join(run.info.artifact_uri, "evidence")
         else:
-            folder = join(str(self.evidence_uri), _file_name(papers.key))
+            folder = join(str(self.evidence_uri), file_name(papers.key))
         if found and folder.startswith(SERVER_ONLY):
             raise InvalidInputError(
                 f"the artifacts of this MLflow are at {folder}, which only its server can read; give evidence_uri, a "
                 "folder that every worker can read"
             )
         return {f"mlops.{name}_uri": write_json(join(folder, f"{name}.json"), item) for name, item in found.items()}
-
-    def _performance(self, held_out: Any) -> dict[str, Any]:
-        """The estimator of performance without labels; a hold-out that cannot carry one costs only that."""
-        from airflow_mlops.drift.performance import CalibratedEstimate
-
-        try:
-            estimator = CalibratedEstimate.fit(held_out["challenger"].to_numpy(), held_out["label"].to_numpy())
-        except DataError as error:
-            self.log.warning("no estimator of performance without labels is kept: %s", error)
-            return {}
-        for warning in estimator.warnings:
-            self.log.warning("performance without labels: %s", warning)
-        return {"performance": estimator.to_json()}
-
-    def _log_dataset(self, run: Any, papers: _Papers, digest: str) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        source = json.dumps({"uri": papers.data["uri"]})
-        dataset = Dataset(name=f"{self.model_name}-training", digest=digest[:32], source_type="uri", source=source)
-        marks = {"mlflow.data.context": "training", "dvc_md5": papers.snapshot.get("md5")}
-        tags = [InputTag(name, str(value)) for name, value in marks.items() if not is_blank(value)]
-        self.hook.client.log_inputs(run.info.run_id, [DatasetInput(dataset, tags)])
-
-    def _record(self, run: Any, papers: _Papers) -> None:
-        """Parameters, metrics and the gate's papers; repeating it changes nothing."""
-        from mlflow.entities import Metric, Param
-
-        client, run_id, when = self.hook.client, run.info.run_id, run.info.start_time
-        numbers = {**(papers.training.get("metrics") or {}), **as_mapping(self.metrics, "metrics")}
-        numbers |= {name: papers.training.get(name) for name in COSTS}
-        for arm, metrics in (papers.gate.get("metrics") or {}).items():
-            numbers |= {f"gate_{arm}_{name}": value for name, value in (metrics or {}).items()}
-        finite = {n: float(v) for n, v in numbers.items() if isinstance(v, int | float) and math.isfinite(v)}
-        params = [Param(n, str(v)[:6000]) for n, v in as_mapping(self.parameters, "parameters").items()]
-        client.log_batch(run_id, [Metric(n, v, when, 0) for n, v in finite.items()], params)
-        if papers.gate:
-            client.log_dict(run_id, papers.gate, "gate/verdict.json")
-        report = papers.gate.get("report_uri")
-        if not is_blank(report):
-            client.log_text(run_id, read_bytes(str(report)).decode(), "gate/report.html")
 
     def _set_alias(self, version: Any) -> None:
         if is_blank(self.alias):
@@ -296,46 +281,35 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             self.hook.client.set_registered_model_alias(self.model_name, self.alias, version.version)
 
 
-def _held_out(predictions_uri: str) -> Any:
-    """The gate's predictions in the order of time."""
-    import pandas as pd
-
-    frame = pd.read_parquet(predictions_uri, columns=["event_timestamp", "label", "challenger"])
-    return frame.sort_values("event_timestamp", kind="stable")
-
-
-def _loss_reference(held_out: Any) -> Any:
-    import pandas as pd
-
-    from airflow_mlops.drift.harm import LossReference
-
-    day = pd.to_datetime(held_out["event_timestamp"], utc=True).dt.strftime("%Y-%m-%d")
-    return LossReference.of(held_out["label"].to_numpy(), held_out["challenger"].to_numpy(), day.to_numpy()).to_json()
-
-
-def _file_name(key: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", key)
-
-
-class MlflowPromoteOperator(MlflowBaseOperator):
+class MlflowPromoteOperator(ApprovalMixin, MlflowBaseOperator):
     """Give a version the champion's alias, if the champion is still the one the decision was made against.
 
     MLflow has no compare-and-set. This reads, compares, sets and reads back under a lease of the model (see
     :meth:`airflow_mlops.hooks.mlflow.MlflowHook.lease`), which keeps out every other promotion by this operator;
     somebody who moves the alias by other means within those milliseconds is noticed only by the last read.
 
-    When the task has outlets, each asset event carries ``name``, ``version`` and ``previous``, so that other Dags
-    can be scheduled on a promotion.
+    When the task has outlets, such as :func:`airflow_mlops.assets.model_asset`, each asset event carries the result, so
+    that other Dags can be scheduled on a promotion.
+
+    With ``approval`` a person has to agree first: they are shown the verdict that is kept with the version, and the
+    champion is compared again when they have answered. The tags ``mlops.approved_by`` and ``mlops.approved_at`` of a
+    version that was promoted say whose word it was. A version that is the champion already is asked about no more.
 
     :param model_name: registered model (templated)
     :param version: to promote (templated)
     :param expected_version: champion at the time of the decision; empty for none (templated)
     :param alias: the champion's (templated)
     :param previous_alias: given to the champion that is replaced (templated)
+    :param approval: a person's word before the alias moves, see :class:`airflow_mlops.approval.Approval`; None for none
+        (templated)
+    :param approval_notifiers: told when somebody is asked
+    :param on_reject: a rejection will ``"fail"`` the task without retry, or ``"skip"`` it and what follows; the result
+        is pushed in both cases
     :param mlflow_conn_id: connection of type ``mlflow``
     :param tracking_uri: overrides the connection's (templated)
-    :return: ``name``, ``version``, ``previous`` (None for none), ``alias``, ``changed``
-    :raises AirflowFailException: the version does not exist, or another champion than expected was found
+    :return: ``name``, ``version``, ``previous`` (None for none), ``alias``, ``changed``; where somebody was asked
+        ``approval``: ``approved``, ``by``, ``user_id``, ``at``
+    :raises AirflowFailException: the version does not exist, another champion than expected was found, or nobody agreed
     """
 
     template_fields: Sequence[str] = (
@@ -344,6 +318,7 @@ class MlflowPromoteOperator(MlflowBaseOperator):
         "expected_version",
         "alias",
         "previous_alias",
+        "approval",
         "tracking_uri",
     )
 
@@ -355,6 +330,7 @@ class MlflowPromoteOperator(MlflowBaseOperator):
         expected_version: str,
         alias: str = "champion",
         previous_alias: str = "previous_champion",
+        on_reject: str = "fail",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -363,33 +339,77 @@ class MlflowPromoteOperator(MlflowBaseOperator):
         self.expected_version = expected_version
         self.alias = alias
         self.previous_alias = previous_alias
+        self.on_reject = on_reject
 
     def execute(self, context: Context) -> dict[str, Any]:
-        with permanent_errors_fail():
+        with permanent_errors_fail(), self.hook.answering():
             if is_blank(self.version):
                 raise InvalidInputError("version is empty; give the number that MlflowRegisterOperator returned")
+            if self.on_reject not in ("fail", "skip"):
+                raise InvalidInputError(f"on_reject is {self.on_reject!r}; expected 'fail' or 'skip'")
             version = str(self.version)
             expected = None if is_blank(self.expected_version) else str(self.expected_version)
-            target = self.hook.version(self.model_name, version)
-            if ROLLED_BACK in target.tags:
-                raise InvalidInputError(
-                    f"{self.model_name} version {version} was rolled back; delete its tag {ROLLED_BACK!r} to allow it"
-                )
-            with self.hook.lease(self.model_name):
-                changed = compare_and_set(
-                    self.hook, self.model_name, self.alias, version, expected, previous_alias=self.previous_alias
-                )
-            result = {
-                "name": self.model_name,
-                "version": version,
-                "previous": expected,
-                "alias": self.alias,
-                "changed": changed,
-            }
-            self.log.info("%s of %s is version %s (before: %s)", self.alias, self.model_name, version, expected)
-            for asset in self.outlets or ():
-                context["outlet_events"][asset].extra = dict(result)
-            return result
+            approval = self._approval()
+            target = self._target(version)
+            if approval is not None:
+                if approval.when != "passed":
+                    raise InvalidInputError(
+                        f"approval: when={approval.when!r} is for the gate; a promotion always asks"
+                    )
+                if to_move(self.hook, self.model_name, self.alias, version, expected):
+                    question = promotion_question(self.hook, target, self.alias, expected)
+                    self._ask(context, approval, *question, version=version, expected=expected)
+            return self._promote(context, version, expected, said_before(target) if approval else None)
+
+    def execute_complete(
+        self, context: Context, event: dict[str, Any], version: str, expected: str | None
+    ) -> dict[str, Any]:
+        """Take over from the person who was asked about this version, or from their silence."""
+        with permanent_errors_fail(), self.hook.answering():
+            answer = self._answer(event)
+            if answer is not None and answer.approved:
+                self._target(version)
+                return self._promote(context, version, expected, answer)
+        result = self._result(version, expected, changed=False, answer=answer)
+        push_result(self, context, result)
+        message = f"version {version} of {self.model_name} stays where it is: "
+        if answer is None:
+            raise AirflowFailException(f"{message}nobody answered in time")
+        message += f"rejected by {answer.by}"
+        raise AirflowSkipException(message) if self.on_reject == "skip" else AirflowFailException(message)
+
+    def _target(self, version: str) -> Any:
+        """The version to promote; one that was rolled back is none."""
+        target = self.hook.version(self.model_name, version)
+        if ROLLED_BACK in target.tags:
+            raise InvalidInputError(
+                f"{self.model_name} version {version} was rolled back; delete its tag {ROLLED_BACK!r} to allow it"
+            )
+        return target
+
+    def _promote(self, context: Context, version: str, expected: str | None, answer: Said | None) -> dict[str, Any]:
+        hook, name = self.hook, self.model_name
+        with hook.lease(name):
+            if answer is not None and to_move(hook, name, self.alias, version, expected):
+                # First, so that no version serves without its approval on record.
+                hook.client.set_model_version_tag(name, version, APPROVED_AT, answer.at or "")
+                hook.client.set_model_version_tag(name, version, APPROVED_BY, answer.by)
+            changed = compare_and_set(hook, name, self.alias, version, expected, previous_alias=self.previous_alias)
+        result = self._result(version, expected, changed=changed, answer=answer)
+        self.log.info("%s of %s is version %s (before: %s)", self.alias, name, version, expected)
+        for asset in self.outlets or ():
+            context["outlet_events"][asset].extra = dict(result)
+        return result
+
+    def _result(self, version: str, expected: str | None, *, changed: bool, answer: Said | None) -> dict[str, Any]:
+        result = {
+            "name": self.model_name,
+            "version": version,
+            "previous": expected,
+            "alias": self.alias,
+            "changed": changed,
+        }
+        return result if answer is None else {**result, "approval": answer.to_json()}
 
 
 class MlflowRollbackOperator(MlflowBaseOperator):
@@ -425,7 +445,7 @@ class MlflowRollbackOperator(MlflowBaseOperator):
         self.previous_alias = previous_alias
 
     def execute(self, context: Context) -> dict[str, Any]:
-        with permanent_errors_fail(), self.hook.lease(self.model_name):
+        with permanent_errors_fail(), self.hook.answering(), self.hook.lease(self.model_name):
             client, name, key = self.hook.client, self.model_name, task_key(context)
             bad, good = self._decided(key)
             champion = self.hook.version_by_alias(name, self.alias)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import filecmp
 import json
+import os
+import shutil
 import threading
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from airflow.sdk import Asset
 from airflow.sdk.exceptions import AirflowFailException
 from sklearn.metrics import roc_auc_score
@@ -97,12 +101,91 @@ class TestRegister:
         assert run.data.params == {"depth": "3"}
         dataset = run.inputs.dataset_inputs[0]
         assert json.loads(dataset.dataset.source) == {"uri": mlflow_models.train}
+        assert (dataset.dataset.source_type, dataset.dataset.digest) == ("local", profile.digest[:32])
+        assert json.loads(dataset.dataset.profile) == {"num_rows": 4000, "num_elements": 4000 * 6}
+        columns = {c["name"]: c["type"] for c in json.loads(dataset.dataset.schema)["mlflow_colspec"]}
+        assert columns["a"] == "double" and columns["origin"] == "string" and columns["event_timestamp"] == "datetime"
+        assert version.description == "Training run-a for 2013-01-01 to 2013-04-01 on 4,000 rows. Gate passed."
         assert {tag.key: tag.value for tag in dataset.tags}["dvc_md5"] == "abc.dir"
         assert {file.path for file in mlflow_hook.client.list_artifacts(result["run_id"])} >= {"model", "gate"}
         frame = pd.read_parquet(mlflow_models.data)
         served = mlflow_hook.predict_proba("models:/late/1", frame)
         assert (served == mlflow_hook.predict_proba(mlflow_models.good, frame)).all()
         assert mlflow_hook.load("models:/late/1").metadata.signature is not None
+
+    def test_an_input_example_lies_beside_the_model_that_has_none(self, register, mlflow_hook, mlflow_models):
+        from mlflow.models import validate_serving_input
+
+        result = register(training_set=mlflow_models.train, example_rows=3)
+        tags = mlflow_hook.version("late", "1").tags
+        shown = storage.read_json(tags["mlops.input_example_uri"])
+        rows = pd.read_parquet(mlflow_models.train)[mlflow_models.features].head(3)
+        assert shown["columns"] == mlflow_models.features
+        assert np.array(shown["data"]) == pytest.approx(rows.to_numpy(), rel=1e-12)
+        folder = tags["mlops.input_example_uri"].rpartition("/")[0]
+        serving = storage.read_bytes(f"{folder}/serving_input_example.json")
+        served = validate_serving_input(mlflow_models.good, serving.decode())
+        assert served == pytest.approx(mlflow_hook.predict_proba(mlflow_models.good, rows))
+        # The model's own bytes are those that were judged.
+        stored = mlflow_hook.model_dir(result["model_uri"])
+        comparison = filecmp.cmpfiles(mlflow_models.good, stored, os.listdir(mlflow_models.good), shallow=False)
+        assert comparison[1:] == ([], []) and sorted(os.listdir(stored)) == sorted(os.listdir(mlflow_models.good))
+
+    def test_rows_of_the_training_set_can_be_kept_out_of_the_registry(self, register, mlflow_hook, mlflow_models):
+        result = register(training_set=mlflow_models.train, example_rows=0)
+        assert "mlops.input_example_uri" not in mlflow_hook.version("late", "1").tags
+        assert "input_example" not in {f.path for f in mlflow_hook.client.list_artifacts(result["run_id"])}
+
+    def test_a_model_s_own_example_is_the_example(self, register, mlflow_hook, mlflow_models, tmp_path):
+        import mlflow
+        import xgboost
+
+        frame = pd.read_parquet(mlflow_models.train)[mlflow_models.features]
+        booster = xgboost.Booster(model_file=f"{mlflow_models.good}/model.ubj")
+        options = {"pip_requirements": ["xgboost"], "model_format": "ubj", "input_example": frame.head(2)}
+        mlflow.xgboost.save_model(booster, str(tmp_path / "m"), **options)
+        register(model_uri=str(tmp_path / "m"), training_set=mlflow_models.train)
+        uri = mlflow_hook.version("late", "1").tags["mlops.input_example_uri"]
+        assert uri.endswith("/model/input_example.json") and storage.exists(uri)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda m: m.pop("signature"), "has no signature, so nobody can tell its inputs"),
+            (lambda m: m["signature"].update(inputs=None), "has no signature"),
+            (lambda m: m["flavors"].pop("python_function"), r"has no python_function \(flavours: \['xgboost'\]\)"),
+            (
+                lambda m: m["flavors"]["python_function"].update(loader_module="mlflow.caffe"),
+                "flavour is unknown here: there is no module 'mlflow.caffe'",
+            ),
+            (lambda m: m.update(flavors=None), r"has no python_function \(flavours: none\)"),
+            (lambda m: m["signature"].update(inputs=None, outputs=None), "the file MLmodel of .* cannot be read"),
+        ],
+    )
+    def test_a_model_that_others_could_not_use_is_refused(
+        self, register, mlflow_hook, mlflow_models, tmp_path, change, message
+    ):
+        shutil.copytree(mlflow_models.good, tmp_path / "m")
+        described = yaml.safe_load((tmp_path / "m/MLmodel").read_text())
+        change(described)
+        (tmp_path / "m/MLmodel").write_text(yaml.safe_dump(described))
+        with pytest.raises(AirflowFailException, match=message):
+            register(model_uri=str(tmp_path / "m"))
+        assert mlflow_hook.registered_model("late") is None
+
+    def test_a_signature_can_be_done_without(self, register, mlflow_models, tmp_path):
+        shutil.copytree(mlflow_models.good, tmp_path / "m")
+        described = yaml.safe_load((tmp_path / "m/MLmodel").read_text())
+        del described["signature"]
+        (tmp_path / "m/MLmodel").write_text(yaml.safe_dump(described))
+        data = {"training_set": mlflow_models.train, "features": ["a"]}
+        assert register(model_uri=str(tmp_path / "m"), require_signature=False, **data)["created"]
+
+    def test_a_description_of_one_s_own_and_the_data_s_own_digest(self, register, mlflow_hook, mlflow_models):
+        result = register(training_set={"uri": mlflow_models.train, "sha256": "5" * 64}, description="for June")
+        assert mlflow_hook.version("late", "1").description == "for June"
+        dataset = mlflow_hook.client.get_run(result["run_id"]).inputs.dataset_inputs[0].dataset
+        assert dataset.digest == "5" * 32
 
     def test_a_hold_out_too_short_for_an_estimator_costs_only_the_estimator(
         self, register, mlflow_hook, mlflow_models, tmp_path, capsys

@@ -24,7 +24,7 @@ SHELL = [
     for room in ("hooks", "operators", "sensors", "triggers", "decorators", "notifications")
     for path in sorted((PACKAGE / room).glob("*.py"))
     if path.stem != "__init__"
-] + ["airflow_mlops.links", "airflow_mlops.shell", "airflow_mlops.windows"]
+] + [f"airflow_mlops.{name}" for name in ("approval", "assets", "links", "shell", "windows")]
 FREE = [name for name in SHELL if name not in ACTING]
 HEAVY = {
     "ray",

@@ -23,8 +23,8 @@ CONTEXT = {
 
 
 def test_all_but_switches_is_templated(untemplated):
-    switches = {"alias", "cluster", "measure_latency", "on_fail", "pass_task_ids", "fail_task_ids", "mlflow_conn_id"}
-    assert untemplated(ModelGateOperator) == switches
+    switches = {"alias", "cluster", "measure_latency", "on_fail", "pass_task_ids", "fail_task_ids"}
+    assert untemplated(ModelGateOperator) == {*switches, "approval_notifiers", "mlflow_conn_id"}
     assert untemplated(ModelScoreOperator) == {"optional", "mlflow_conn_id"}
 
 

@@ -17,9 +17,16 @@ def register(**changes):
     return MlflowRegisterOperator(task_id="register", **{"model_name": "late", "training": TRAINING} | changes)
 
 
-@pytest.mark.parametrize("operator", [MlflowRegisterOperator, MlflowPromoteOperator, MlflowRollbackOperator])
-def test_all_but_the_connection_is_templated(operator, untemplated):
-    assert untemplated(operator) == {"mlflow_conn_id"}
+@pytest.mark.parametrize(
+    ("operator", "switches"),
+    [
+        (MlflowRegisterOperator, {"require_signature", "example_rows"}),
+        (MlflowPromoteOperator, {"approval_notifiers", "on_reject"}),
+        (MlflowRollbackOperator, set()),
+    ],
+)
+def test_all_but_the_connection_and_switches_is_templated(operator, switches, untemplated):
+    assert untemplated(operator) == {"mlflow_conn_id", *switches}
 
 
 def test_templates_render_at_every_depth(rendered):

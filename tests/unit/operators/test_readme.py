@@ -1,7 +1,9 @@
-"""The operators that README and the page on rollouts show are made as they stand there, and take their arguments."""
+"""The operators that README and the pages beside it show are made as they stand there, and take their arguments."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import pathlib
 import re
 from types import SimpleNamespace
@@ -9,8 +11,12 @@ from typing import Any
 
 import pytest
 
+from airflow_mlops.approval import Approval
+from airflow_mlops.assets import model_asset
 from airflow_mlops.hooks import _rollout
 from airflow_mlops.operators.canary import CanaryPromoteOperator
+from airflow_mlops.operators.gate import ModelGateOperator
+from airflow_mlops.operators.mlflow import MlflowPromoteOperator, MlflowRegisterOperator
 
 ROOT = pathlib.Path(__file__).parents[3]
 MARK = "<!-- tests/unit/operators/test_readme.py makes this very operator -->"
@@ -37,6 +43,37 @@ def test_the_operator_of_a_page(page: str, monkeypatch: pytest.MonkeyPatch) -> N
     evidence = {**place.evidence, "url": "http://127.0.0.1:9"}
     assert source_of(evidence, name="fraud", namespace="serving", metrics=spec.metrics)
     assert _rollout.RAY_SERVE not in place.target.values()
+
+
+def test_the_operators_of_the_page_on_the_registry() -> None:
+    text = (ROOT / "docs/registry.md").read_text()
+    block = re.search(r"these very operators -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert block
+    task = SimpleNamespace(output={"model_uri": "m", "uri": "u"})
+    names: dict[str, Any] = {"train": task, "training_set": task, "DATA": "/data", "WEEK": "/data/week.parquet"}
+    code = block[1].replace(".output[", "_output[").replace(".output,", "_output,")
+    names |= {f"{name}_output": collections.defaultdict(str) for name in ("train", "training_set", "gate", "register")}
+    names |= {"ModelGateOperator": ModelGateOperator, "model_asset": model_asset}
+    names |= {"MlflowRegisterOperator": MlflowRegisterOperator, "MlflowPromoteOperator": MlflowPromoteOperator}
+    exec(code, names)
+    approval = names["promote"]._approval()
+    assert [user["id"] for user in approval.assigned_users] == ["carol", "dave"] and approval.timeout == 28_800
+    assert names["promote"].outlets == [model_asset("churn")] and names["gate"]._approval() is None
+
+
+def test_the_fields_of_an_approval_are_those_of_the_page() -> None:
+    text = (ROOT / "docs/registry.md").read_text()
+    table = text.partition("| field | |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [field.name for field in dataclasses.fields(Approval)]
+
+
+def test_the_dag_of_the_page_on_the_registry_follows_the_champion() -> None:
+    text = (ROOT / "docs/registry.md").read_text()
+    block = re.search(r"## Dags that follow a promotion.*?```python\n(.*?)```", text, re.DOTALL)
+    assert block
+    names: dict[str, Any] = {}
+    exec(block[1].replace('schedule=[model_asset("churn")]):', 'schedule=[model_asset("churn")]) as made:'), names)
+    assert names["made"].timetable.asset_condition.objects == (model_asset("churn"),)
 
 
 def test_the_notebook_of_the_page_on_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
