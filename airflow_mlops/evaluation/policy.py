@@ -18,7 +18,7 @@ LOSSES = ("log_loss", "brier")
 METHODS = {
     "log_loss": ("t", "permutation", "bootstrap"),
     "brier": ("t", "permutation", "bootstrap"),
-    "auc": ("delong", "bootstrap", "permutation"),
+    "auc": ("delong", "bootstrap"),
     "accuracy": ("mcnemar", "permutation", "bootstrap"),
     "function": ("permutation", "bootstrap"),
 }

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from airflow_mlops.evaluation.metrics import Floats, row_loss
 from airflow_mlops.evaluation.objective import Objective
@@ -202,21 +201,18 @@ def permutation(
 ) -> Gain:
     """The gain in any metric, tested by exchanging the arms within whole clusters.
 
-    Tests that the arms can be exchanged, against a gain above 0; other bounds have no such test. AUC is computed on
-    ranks within each arm, as Venkatraman and Begg, Biometrika 1996, since exchanging scores of different scales would
-    test the scales. The interval is the bootstrap's.
+    Tests that the arms can be exchanged, against a gain above 0; other bounds have no such test. What is exchanged are
+    the probabilities, so that both arms have to be on one scale. The interval is the bootstrap's.
     """
     rng = rng or np.random.default_rng(0)
     y = np.asarray(label)
-    arms = (y, champion, challenger, clusters, alpha, replicates, rng)
-    shown = auc_bootstrap(*arms) if metric.name == "auc" else bootstrap(metric, *arms)
-    old, new = (rankdata(arm) for arm in (champion, challenger)) if metric.name == "auc" else (champion, challenger)
+    shown = bootstrap(metric, y, champion, challenger, clusters, alpha, replicates, rng)
     codes, count = cluster_codes(clusters, len(champion))
     seed = int(rng.integers(2**32))
 
     def exchanged(flip: npt.NDArray[Any]) -> float:
         swap = flip[codes] == 1
-        return metric.gain(y, np.where(swap, new, old), np.where(swap, old, new))
+        return metric.gain(y, np.where(swap, challenger, champion), np.where(swap, champion, challenger))
 
     def test(bound: float) -> float:
         if bound:

@@ -384,7 +384,7 @@ class TestPolicy:
             ({"min_clusters": 1}, "at least 2"),
             ({"method": "magic"}, "method is 'magic'; for the metric log_loss expected one of"),
             ({"metric": "accuracy", "method": "delong"}, "for the metric accuracy expected"),
-            ({"metric": "auc", "method": "permutation", "margin": 0.01}, "says nothing of a margin in auc"),
+            ({"metric": "auc", "method": "permutation", "margin": 0.01}, "for the metric auc expected one of"),
             ({"metric": "a:b", "method": "permutation", "rule": "non_inferiority", "margin": 1}, "method='bootstrap'"),
             ({"threshold": 1.5}, "threshold is 1.5"),
             ({"missing_share": -1}, "missing_share is -1"),
