@@ -10,6 +10,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.evaluation import GatePolicy, GateVerdict
 from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError
+from airflow_mlops.operators._audit import audited
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.shell import as_mapping, as_names, is_blank, log_table, permanent_errors_fail, push_result, require
 from airflow_mlops.storage import join, write_bytes, write_json
@@ -290,7 +291,7 @@ class ModelGateOperator(MlflowBaseOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail():
-            result = self._judge(context)
+            result = audited(context, "gate", self._judge(context))
         if result["passed"]:
             return result
         push_result(self, context, result)

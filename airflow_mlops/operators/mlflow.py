@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError, RegistryError
 from airflow_mlops.operators._alias import compare_and_set, move_alias
+from airflow_mlops.operators._audit import audited
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail
 from airflow_mlops.storage import join, read_bytes, write_json
@@ -144,13 +145,14 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             self._set_alias(version)
             uri = f"models:/{self.model_name}/{version.version}"
             self.log.info("%s %s for run %s", "registered" if created else "found", uri, papers.key)
-            return {
+            result = {
                 "name": self.model_name,
                 "version": str(version.version),
                 "run_id": version.run_id,
                 "model_uri": uri,
                 "created": created,
             }
+            return audited(context, "register", result)
 
     def _papers(self, context: Context) -> _Papers:
         """What the arguments say about the training, checked."""
@@ -389,7 +391,7 @@ class MlflowPromoteOperator(MlflowBaseOperator):
             self.log.info("%s of %s is version %s (before: %s)", self.alias, self.model_name, version, expected)
             for asset in self.outlets or ():
                 context["outlet_events"][asset].extra = dict(result)
-            return result
+            return audited(context, "promote", result)
 
 
 class MlflowRollbackOperator(MlflowBaseOperator):
@@ -440,7 +442,8 @@ class MlflowRollbackOperator(MlflowBaseOperator):
             self.log.info("%s of %s is version %s again, %s was rolled back", self.alias, name, good, bad)
             for asset in self.outlets or ():
                 context["outlet_events"][asset].extra = {"name": name, "version": good, "rolled_back": bad}
-            return {"name": name, "version": good, "rolled_back": bad, "alias": self.alias, "changed": changed}
+            result = {"name": name, "version": good, "rolled_back": bad, "alias": self.alias, "changed": changed}
+            return audited(context, "rollback", result)
 
     def _decided(self, key: str) -> tuple[str, str]:
         """The version to leave and the one to return to, on record from here on; the caller holds the lease."""

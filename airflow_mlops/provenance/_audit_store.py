@@ -42,8 +42,8 @@ def store_of(uri: str, retain_days: int = 0) -> AuditStore:
     if urlsplit(uri).scheme in ("s3", "s3a"):
         return S3(uri, retain_days)
     raise InvalidInputError(
-        f"the audit log cannot be kept at {uri}: expected a folder, or s3://bucket/prefix, which refuse a second writer "
-        "of the same entry"
+        f"the audit log cannot be kept at {uri}: expected a folder, or s3://bucket/prefix, which refuse a second "
+        "writer of the same entry"
     )
 
 
@@ -67,7 +67,9 @@ class Folder:
         except FileExistsError:
             return False
         except OSError as error:
-            raise ExternalSystemError(f"cannot write {target}: {error.strerror or error}; nothing was logged") from error
+            raise ExternalSystemError(
+                f"cannot write {target}: {error.strerror or error}; nothing was logged"
+            ) from error
         return True
 
     def replace(self, name: str, content: bytes) -> None:
@@ -128,8 +130,8 @@ class S3:
         lock: dict[str, Any] = {}
         if self._retain_days and not self.locks:
             raise InvalidInputError(
-                f"entries are to be kept for {self._retain_days} days, and the bucket {self._bucket} has no Object Lock; "
-                "use a bucket that was created with it, or set audit_retain_days to 0"
+                f"entries are to be kept for {self._retain_days} days, and the bucket {self._bucket} has no Object "
+                "Lock; use a bucket that was created with it, or set audit_retain_days to 0"
             )
         if self._retain_days:
             until = dt.datetime.now(dt.timezone.utc).replace(microsecond=0) + dt.timedelta(days=self._retain_days)

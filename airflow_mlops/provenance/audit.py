@@ -1,10 +1,10 @@
 """An append-only log of decisions: numbered entries, each holding the hash of the one before it.
 
 The chain is Haber's and Stornetta's (How to time-stamp a digital document, 1991), one link an entry. An entry's number
-is taken by a conditional write, so of two writers one goes on to the next number, and an entry is there whole and linked
-or not at all. A chain alone cannot show that its end was cut off, or that all of it was written anew: for that keep the
-hash of an entry elsewhere (:attr:`ModelRecord.audit`) and give it to :func:`verify`, or keep the log in a bucket with
-Object Lock.
+is taken by a conditional write, so of two writers one goes on to the next number, and an entry is there whole and
+linked, or not at all. A chain alone cannot show that its end was cut off, or that all of it was written anew: for that
+keep the hash of an entry elsewhere (:attr:`ModelRecord.audit`) and give it to :func:`verify`, or keep the log in a
+bucket with Object Lock.
 """
 
 from __future__ import annotations
@@ -170,7 +170,9 @@ class AuditLog:
             if self._store.create(_name(made.number), made.to_bytes()):
                 self._point_to(made)
                 return made
-        raise ConcurrentChangeError(f"{_TRIES} times another writer was first at {self.uri}; clear this task to try again")
+        raise ConcurrentChangeError(
+            f"{_TRIES} times another writer was first at {self.uri}; clear this task to try again"
+        )
 
     def entries(self) -> Iterator[Entry]:
         """Every entry from the first to the last before a gap, unverified."""
@@ -211,7 +213,8 @@ class AuditLog:
             last = entry
         if last is None and hint:
             raise ConcurrentChangeError(
-                f"the log at {self.uri} had an entry {hint}, and it is gone; verify the log before anything is added to it"
+                f"the log at {self.uri} had an entry {hint}, and it is gone; verify the log before anything is added "
+                "to it"
             )
         return last
 
@@ -244,7 +247,9 @@ class AuditLog:
             before = found
         return Verification(last, before, None)
 
-    def _check(self, number: int, before: str, anchor: str | None, marks: Mapping[str, str], newest: int) -> Break | str:
+    def _check(
+        self, number: int, before: str, anchor: str | None, marks: Mapping[str, str], newest: int
+    ) -> Break | str:
         """The hash of entry ``number``, or what is wrong with it."""
         name = _name(number)
 

@@ -61,7 +61,7 @@ class ModelRecord:
     :param seeds: every seed in it, by its path; empty where it has none
     :param environment: of the training process, see :func:`airflow_mlops.environment.describe`
     :param cluster: Ray's version, nodes, resources and name, and the workers of the training
-    :param cost: ``wall_seconds``, ``cpu_hours``, ``gpu_hours``, ``gpu_cost`` (in the currency of the price), ``attempts``
+    :param cost: ``wall_seconds``, ``cpu_hours``, ``gpu_hours``, ``gpu_cost`` (in the price's currency), ``attempts``
     :param metrics: of the training
     :param artifacts: ``path``, ``sha256``, ``size`` of the model's files
     :param gate: the gate's verdict
@@ -123,7 +123,9 @@ class ModelRecord:
         :raises InvalidInputError: it is no record, or of a later version of this package
         """
         if not isinstance(value, Mapping) or not isinstance(value.get("schema"), int):
-            raise InvalidInputError("this is no model record (no field schema); expected what ModelRecordOperator writes")
+            raise InvalidInputError(
+                "this is no model record (no field schema); expected what ModelRecordOperator writes"
+            )
         if value["schema"] > SCHEMA:
             raise InvalidInputError(
                 f"the record has schema {value['schema']}, and this version reads up to {SCHEMA}; update airflow-mlops"
@@ -140,7 +142,9 @@ def read(uri: str) -> ModelRecord:
     try:
         return ModelRecord.from_json(storage.read_json(uri))
     except FileNotFoundError:
-        raise InvalidInputError(f"there is no record at {uri}; run the task that writes it (ModelRecordOperator)") from None
+        raise InvalidInputError(
+            f"there is no record at {uri}; run the task that writes it (ModelRecordOperator)"
+        ) from None
     except ValueError as error:
         if isinstance(error, InvalidInputError):
             raise

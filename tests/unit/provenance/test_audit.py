@@ -172,7 +172,7 @@ def test_nothing_is_added_to_a_log_whose_end_is_broken(written, attack, error):
 
 
 def test_a_writer_that_dies_before_the_pointer_moves_leaves_a_whole_log(written, monkeypatch):
-    log, folder = written
+    log, _ = written
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "replace", lambda *_: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
@@ -183,7 +183,7 @@ def test_a_writer_that_dies_before_the_pointer_moves_leaves_a_whole_log(written,
 
 
 def test_a_writer_that_dies_before_the_entry_is_taken_up(written, monkeypatch):
-    log, folder = written
+    log, _ = written
     create = Folder.create
 
     def dying(self, name, content):
