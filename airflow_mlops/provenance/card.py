@@ -244,7 +244,7 @@ def _considerations(record: ModelRecord) -> list[Any]:
 
 def _origin(record: ModelRecord) -> list[Any]:
     who, code = record.who, record.code
-    state = {True: " with changes", False: ""}.get(code.get("dirty"), "")  # type: ignore[call-overload]
+    state = " with changes" if code.get("dirty") else ""
     facts = {
         "Who": who.get("user"),
         "Dag run": f"{who.get('dag_id')}, {who.get('run_id')}" if who.get("run_id") else None,

@@ -112,7 +112,8 @@ def dvc_hash(path: str) -> tuple[str, dict[str, str] | None]:
     filesystem = LocalFileSystem()
     with tempfile.TemporaryDirectory(prefix="dvc-") as folder:
         store = HashFileDB(filesystem, folder)
-        _, _, found = build(store, os.path.abspath(storage.local_path(path)), filesystem, "md5", dry_run=True)
+        made: Any = build(store, os.path.abspath(storage.local_path(path)), filesystem, "md5", dry_run=True)
+        found = made[2]
         digest = str(found.hash_info.value)
         if not found.hash_info.isdir:
             return digest, None

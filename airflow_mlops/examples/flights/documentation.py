@@ -33,7 +33,7 @@ DOCUMENTATION: dict[str, Any] = {
     ],
     "safety": "a wrong prediction costs nothing but the example's score; it must steer nothing that people rely on",
     "explainability": "trees on named columns: XGBoost's own gain and SHAP values explain each prediction",
-    "preprocessing": "point-in-time join of feature views as of two hours before departure; missing values stay missing",
+    "preprocessing": "point-in-time join of feature views as of two hours before departure; missing values stay so",
     "decision_threshold": "the probability is used as it is; a class, where one is wanted, is late from 0.5 on",
     "personal_data": "no: flights, aircraft and weather; a tail number is not a feature",
     "links": {

@@ -25,8 +25,8 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     """Train on this worker's share of the training set; continues from the run's last checkpoint.
 
     :param config: ``train_uri`` (Parquet file or folder), ``features`` (numeric columns), ``label`` (0/1 column);
-        optional ``rounds``, ``params`` (over :data:`~airflow_mlops.examples.flights.PARAMS`), ``checkpoint_every`` (rounds), ``nthread`` (1) and
-        ``recency_half_life_days`` (weight of old rows; default: all weigh the same)
+        optional ``rounds``, ``params`` (over ``airflow_mlops.examples.flights.PARAMS``), ``checkpoint_every`` (rounds),
+        ``nthread`` (1) and ``recency_half_life_days`` (weight of old rows; default: all weigh the same)
     :raises DataError: the training set is empty, lacks a column or has a missing label
     """
     import ray.train
