@@ -45,6 +45,7 @@ _HIDDEN = (
     "requests",
     "run_dir",
     "table",
+    "audit",
 )
 _MOST_FACTS = 14
 

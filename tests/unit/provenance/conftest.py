@@ -19,6 +19,7 @@ from airflow_mlops.hooks.dvc import DvcHook
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.operators.mlflow import MlflowRegisterOperator
 from airflow_mlops.operators.provenance import ModelRecordOperator
+from airflow_mlops.provenance.record import read
 from airflow_mlops.training.result import TrainingResult, Usage, outcome, write_environment, write_result
 from airflow_mlops.training.runs import begin_attempt
 from airflow_mlops.training.spec import TrainingSpec
@@ -191,5 +192,19 @@ def world(tmp_path: Path, hook: MlflowHook, model_dir: Path) -> World:
 @pytest.fixture
 def recorded(world: World) -> Any:
     """The world, its version registered and its papers written; ``papers`` is the task's result."""
+    return _recorded(world)
+
+
+@pytest.fixture(scope="session")
+def told(tmp_path_factory: pytest.TempPathFactory, _store: Path, model_dir: Path) -> Any:
+    """The same, once for all tests that only look; ``record`` is what was written."""
+    root = tmp_path_factory.mktemp("told")
+    shutil.copy(_store, root / "mlflow.db")
+    found = _recorded(World(root, MlflowHook(tracking_uri=f"sqlite:///{root}/mlflow.db"), model_dir))
+    found.record = read(found.papers["record_uri"])
+    return found
+
+
+def _recorded(world: World) -> SimpleNamespace:
     registration = world.register()
     return SimpleNamespace(world=world, registration=registration, papers=world.record(registration))
