@@ -82,6 +82,10 @@ class Folder:
             return storage.read_bytes(os.path.join(self._path, name))
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise ExternalSystemError(
+                f"cannot read {self._path}/{name}: {error.strerror or error}; nothing was logged"
+            ) from error
 
     def names(self, folder: str) -> list[str]:
         """As :class:`AuditStore`."""
