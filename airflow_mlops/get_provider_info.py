@@ -44,7 +44,7 @@ def get_provider_info() -> dict[str, Any]:
             {
                 "Ray": ["ray"],
                 "Feast": ["feast"],
-                "MLflow": ["mlflow", "gate"],
+                "MLflow": ["mlflow", "gate", "provenance"],
                 "DVC": ["dvc"],
                 "Ray Serve": ["canary", "rollback"],
             },
@@ -219,6 +219,23 @@ def get_provider_info() -> dict[str, Any]:
                         "type": "string",
                         "example": "https://grafana.example.com/d/ray?var-SessionName={submission_id}",
                         "default": "",
+                    },
+                    "audit_uri": {
+                        "description": "Folder, or s3://bucket/prefix with boto3's own settings, of the append-only "
+                        "log of every decision: drift, gate, register, canary, promote, rollback; none if empty. A "
+                        "task whose decision cannot be logged fails.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "s3://ml-audit/decisions",
+                        "default": "",
+                    },
+                    "audit_retain_days": {
+                        "description": "Days that S3 Object Lock keeps an entry of the audit log, in compliance mode; "
+                        "0 for the bucket's own default.",
+                        "version_added": "0.1.0",
+                        "type": "integer",
+                        "example": "2555",
+                        "default": "0",
                     },
                     "prometheus_textfile_dir": {
                         "description": "Folder on the workers that a node exporter's textfile collector reads: every "

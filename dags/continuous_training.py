@@ -26,13 +26,15 @@ from airflow.sdk.exceptions import AirflowSkipException
 from airflow.timetables.interval import CronDataIntervalTimetable
 
 from airflow_mlops.assets import model_asset
-from airflow_mlops.examples.flights import CALENDAR_BOUND, HARM, LABEL, MODEL, SERVICE
+from airflow_mlops.examples.flights import CALENDAR_BOUND, HARM, LABEL, MODEL, PARAMS, SERVICE
+from airflow_mlops.examples.flights.documentation import DOCUMENTATION
 from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.operators.canary import CanaryPromoteOperator
 from airflow_mlops.operators.dvc import DvcSnapshotOperator
 from airflow_mlops.operators.feast import FeastApplyOperator, FeastMaterializeOperator, FeastTrainingSetOperator
 from airflow_mlops.operators.gate import ModelGateOperator, ModelScoreOperator
 from airflow_mlops.operators.mlflow import MlflowPromoteOperator, MlflowRegisterOperator
+from airflow_mlops.operators.provenance import ModelRecordOperator
 from airflow_mlops.operators.ray import RayTrainOperator
 from airflow_mlops.sensors.drift import DriftSensor
 from airflow_mlops.shell import permanent_errors_fail
@@ -271,6 +273,7 @@ with DAG(
                 "features": training_set.output["features"],
                 "label": LABEL,
                 "rounds": "{{ params.rounds }}",
+                "params": PARAMS,
             },
             storage_path=f"{ROOT}/runs",
             run_key=RUN_KEY,
@@ -348,8 +351,25 @@ with DAG(
             if not planned["champion"]:
                 MlflowHook().client.set_registered_model_alias(MODEL, "frozen", registered["version"])
 
+        papers = ModelRecordOperator(
+            task_id="papers",
+            registration=register.output,
+            snapshot=snapshot.output,
+            training_set=training_set.output,
+            training=challenger.output,
+            gate=gate.output,
+            canary=canary.output,
+            promotion=promote.output,
+            documentation=DOCUMENTATION,
+            feature_service=SERVICE,
+            entity_uri=f"{ROOT}/entities/flights",
+            trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,
+            doc_md="The version's record, bill of materials and model card, whatever the canary decided.",
+        )
+
         replay(month_set.output, register.output, planned)
-        register >> canary >> promote >> freeze_first(register.output, planned)
+        register >> canary >> promote >> papers
+        promote >> freeze_first(register.output, planned)
 
     @task(
         trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,
@@ -379,6 +399,7 @@ with DAG(
                 "gate": result("train.gate"),
                 "register": result("release.register"),
                 "canary": result("release.canary"),
+                "papers": result("release.papers"),
                 "seconds": (dt.datetime.now(dt.timezone.utc) - context["dag_run"].start_date).total_seconds(),
             },
         )

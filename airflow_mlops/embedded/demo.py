@@ -162,6 +162,8 @@ def _show(project: Path, months: list[str]) -> None:
     lacking = sorted(set(months) - {entry.month for entry in summaries})
     if lacking:
         _say(f"no ledger entry for {', '.join(lacking)} in {project / 'ledger'}: the Dag's last task writes them")
+    if card := summary.card_of(summaries):
+        _say(f"Model card of the champion: {card}")
     _say(f"Page with plots and the evidence of every decision: {page.write(project.parent / 'demo.html', summaries)}")
 
 

@@ -45,6 +45,7 @@ _HIDDEN = (
     "requests",
     "run_dir",
     "table",
+    "audit",
 )
 _MOST_FACTS = 14
 
@@ -288,8 +289,18 @@ def _details(months: Sequence[MonthSummary], index: int) -> str:
     return (
         f"<details{' open' if worse else ''}><summary>{month.month}{chips}</summary><div>"
         f"<p>{escape(summary.explain(months, index))} {escape(_decision(month))}</p>"
-        f'<div class="pair">{"".join(sections)}</div></div></details>'
+        f'<div class="pair">{"".join(sections)}</div>{_papers(month)}</div></details>'
     )
+
+
+def _papers(month: MonthSummary) -> str:
+    """A link to the model card of the version that the month has made."""
+    papers = month.ledger.get("papers") or {}
+    if not papers.get("card_uri"):
+        return ""
+    uri = str(papers["card_uri"])
+    link = f"file://{uri}" if uri.startswith("/") else uri
+    return f'<p><a href="{escape(link)}">Model card of version {escape(str(papers["version"]))}</a></p>'
 
 
 def _decision(month: MonthSummary) -> str:

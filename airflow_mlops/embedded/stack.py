@@ -286,6 +286,7 @@ class Stack:
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
         env |= _QUIET_AND_SMALL
         env |= {"MLOPS_ROOT": str(self.project), "AIRFLOW__MLOPS__ROOT": str(self.project)}
+        env["AIRFLOW__MLOPS__AUDIT_URI"] = str(self.project / "audit")
         env["MLFLOW_TRACKING_URI"] = self.tracking_uri
         if self.feature_repo is not None:
             env["MLOPS_FEATURE_REPO"] = str(self.feature_repo)

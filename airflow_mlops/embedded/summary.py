@@ -117,6 +117,12 @@ def read(project: Path, months: Sequence[str]) -> list[MonthSummary]:
     return [summarise(storage.read_json(str(path))) for path in paths if path.exists()]
 
 
+def card_of(months: Sequence[MonthSummary]) -> str | None:
+    """Where the model card of the last champion that was promoted lies; None where there is none."""
+    cards = ((month.ledger.get("papers") or {}).get("card_uri") for month in reversed(months) if month.promoted)
+    return next((str(card) for card in cards if card), None)
+
+
 def explain(months: Sequence[MonthSummary], index: int) -> str:
     """Why the champion was or was not better than the frozen model in ``months[index]``, from what is on record."""
     month = months[index]

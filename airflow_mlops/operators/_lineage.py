@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+
+from airflow_mlops.provenance.openlineage import dataset
 
 if TYPE_CHECKING:
     from airflow.providers.openlineage.extractors import OperatorLineage
@@ -132,29 +133,6 @@ def inputs_of(config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 def outputs_of(outcome: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """The datasets that a training wrote, as (namespace, name)."""
     return _datasets((outcome or {}).get(key) for key in OUTPUT_KEYS)
-
-
-def dataset(uri: Any) -> tuple[str, str] | None:
-    """A URI in OpenLineage's naming: ``("s3://bucket", "key")``, ``("file", "/path")``; None if it is not one.
-
-    What could be a secret, a password or a query, is left out.
-    """
-    if not isinstance(uri, str):
-        return None
-    if uri.startswith("/"):
-        return "file", uri.rstrip("/") or "/"
-    try:
-        url = urlsplit(uri)
-    except ValueError:
-        return None
-    if "://" not in uri or not url.scheme:
-        return None
-    if url.scheme in ("file", "local"):
-        return "file", url.path.rstrip("/") or "/"
-    user, _, place = url.netloc.rpartition("@")
-    # A user alone is part of the name: Azure's container@account.
-    place = f"{user}@{place}" if user and ":" not in user else place
-    return f"{url.scheme}://{place}", url.path.strip("/") or "/"
 
 
 def _uris(config: Mapping[str, Any]) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from airflow_mlops.hooks._rollout import RolloutPlace, servables_of
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.hooks.ray_serve import RayServeHook
 from airflow_mlops.links import MlflowRunLink, RolloutReportLink
+from airflow_mlops.operators._audit import audited
 from airflow_mlops.operators._canary import (
     Asker,
     ChampionAlias,
@@ -355,7 +356,7 @@ class CanaryPromoteOperator(BaseOperator):
         """Report; return a promotion; on a rollback do as ``on_rollback`` says, the verdict pushed in any case."""
         reasons = "; ".join(result["reasons"])
         self.log.info("version %s of %s: %s (%s)", result["version"], result["model"], result["verdict"], reasons)
-        result = self._report(context, result)
+        result = audited(context, "canary", self._report(context, result))
         if result["verdict"] != "ROLLBACK" or self.on_rollback == "return":
             return result
         push_result(self, context, result)

@@ -13,6 +13,7 @@ from airflow_mlops.evaluation import GatePolicy, GateVerdict
 from airflow_mlops.exceptions import ConcurrentChangeError, DataError, InvalidInputError
 from airflow_mlops.links import MlflowRunLink, ReportLink
 from airflow_mlops.operators._approval import ApprovalMixin, decided, gate_question
+from airflow_mlops.operators._audit import audited
 from airflow_mlops.operators._gate import behaviour, branches, fairness_columns, load, to_mlflow
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.shell import as_mapping, as_names, is_blank, log_table, permanent_errors_fail, push_result, require
@@ -334,6 +335,8 @@ class ModelGateOperator(ApprovalMixin, MlflowBaseOperator, BranchMixIn):
 
     def _conclude(self, context: Context, result: dict[str, Any], on_fail: str) -> dict[str, Any]:
         """Return a verdict that passed; otherwise do as ``on_fail`` says, the verdict pushed in any case."""
+        with permanent_errors_fail():
+            result = audited(context, "gate", result)
         if on_fail == "branch":
             push_result(self, context, result)
             self.do_branch(context, self._branches()[result["passed"]])

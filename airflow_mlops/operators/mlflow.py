@@ -10,6 +10,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError, RegistryError
 from airflow_mlops.operators._alias import compare_and_set, move_alias, to_move
 from airflow_mlops.operators._approval import ApprovalMixin
+from airflow_mlops.operators._audit import audited
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.operators._promotion import APPROVED_AT, APPROVED_BY, promotion_question, said_before
 from airflow_mlops.operators._registration import (
@@ -165,13 +166,14 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             self._set_alias(version)
             uri = f"models:/{self.model_name}/{version.version}"
             self.log.info("%s %s for run %s", "registered" if created else "found", uri, papers.key)
-            return {
+            result = {
                 "name": self.model_name,
                 "version": str(version.version),
                 "run_id": version.run_id,
                 "model_uri": uri,
                 "created": created,
             }
+            return audited(context, "register", result)
 
     def _papers(self, context: Context) -> Papers:
         """What the arguments say about the training, checked."""
@@ -370,7 +372,8 @@ class MlflowPromoteOperator(ApprovalMixin, MlflowBaseOperator):
             if answer is not None and answer.approved:
                 self._target(version)
                 return self._promote(context, version, expected, answer)
-        result = self._result(version, expected, changed=False, answer=answer)
+            result = self._result(version, expected, changed=False, answer=answer)
+            result = audited(context, "refuse", result)
         push_result(self, context, result)
         message = f"version {version} of {self.model_name} stays where it is: "
         if answer is None:
@@ -399,7 +402,7 @@ class MlflowPromoteOperator(ApprovalMixin, MlflowBaseOperator):
         self.log.info("%s of %s is version %s (before: %s)", self.alias, name, version, expected)
         for asset in self.outlets or ():
             context["outlet_events"][asset].extra = dict(result)
-        return result
+        return audited(context, "promote", result)
 
     def _result(self, version: str, expected: str | None, *, changed: bool, answer: Said | None) -> dict[str, Any]:
         result = {
@@ -460,7 +463,8 @@ class MlflowRollbackOperator(MlflowBaseOperator):
             self.log.info("%s of %s is version %s again, %s was rolled back", self.alias, name, good, bad)
             for asset in self.outlets or ():
                 context["outlet_events"][asset].extra = {"name": name, "version": good, "rolled_back": bad}
-            return {"name": name, "version": good, "rolled_back": bad, "alias": self.alias, "changed": changed}
+            result = {"name": name, "version": good, "rolled_back": bad, "alias": self.alias, "changed": changed}
+            return audited(context, "rollback", result)
 
     def _decided(self, key: str) -> tuple[str, str]:
         """The version to leave and the one to return to, on record from here on; the caller holds the lease."""

@@ -165,6 +165,7 @@ async def run_rollout(
                 progress.annotation.get("previous"),
                 clock() - progress.annotation.get("began", began),
             )
+            result["approvals"] = dict(judge.approvals)
             result["history"] = progress.history.to_json()
             # First what is to be done, so that whoever continues does that and nothing else.
             decided = {**progress.saved(), "decided": result}

@@ -15,6 +15,7 @@ from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException
 from airflow_mlops import storage
 from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.links import MlflowRunLink, ReportLink
+from airflow_mlops.operators._audit import audited
 from airflow_mlops.sensors._drift import (
     Found,
     compare_window,
@@ -302,7 +303,7 @@ class DriftSensor(BaseSensorOperator):
         with permanent_errors_fail():
             if not data_ready(self.current_uri):
                 return None
-            result = self.check(context)
+            result = audited(context, "drift", self.check(context))
             if self.on_stable == "skip" and not result["retrain"]:
                 push_result(self, context, result)
                 raise AirflowSkipException(f"{self.model_name} {result['verdict']}: no retraining ({short(result)})")

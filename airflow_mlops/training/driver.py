@@ -25,6 +25,7 @@ from airflow_mlops.training.fence import Fence
 from airflow_mlops.training.raytrain import (
     NO_CHECKPOINT,
     build_trainer,
+    cluster_facts,
     is_infrastructure,
     prepare,
     prepare_own_ray,
@@ -32,7 +33,7 @@ from airflow_mlops.training.raytrain import (
     start_ray,
     wrapped_loop,
 )
-from airflow_mlops.training.result import TrainingResult, finite, read_result, write_result
+from airflow_mlops.training.result import TrainingResult, finite, read_result, write_environment, write_result
 from airflow_mlops.training.runs import committed_checkpoint
 from airflow_mlops.training.spec import TrainingSpec, load_callable
 from airflow_mlops.training.tune import require_optuna, search, search_records
@@ -74,6 +75,7 @@ def _attempt(spec: TrainingSpec, meter: Meter) -> tuple[TrainingResult, int]:
     seconds: dict[str, float] = {}
     try:
         require_ray_version(spec.ray_version)
+        write_environment(spec)
         before = search_records(spec) if spec.trainer == "tune" else committed_checkpoint(spec)
         base = replace(base, resumed_from=before)
         if base.resumed_from:
@@ -160,6 +162,7 @@ def _ray(spec: TrainingSpec, meter: Meter, seconds: dict[str, float]) -> Iterato
 
     with _timed(seconds, "ray"):
         start_ray(spec)
+        write_environment(spec, cluster_facts())
         # Ray has put a handler of its own in place, which would make a stop look like a failure.
         signal.signal(signal.SIGTERM, _raise_stopped)
     try:

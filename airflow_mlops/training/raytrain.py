@@ -110,6 +110,23 @@ def start_ray(spec: TrainingSpec) -> None:
     require_capacity(spec, ray.cluster_resources())
 
 
+def cluster_facts() -> dict[str, Any]:
+    """The Ray that was joined: ``name`` (``RAY_CLUSTER_NAME``, as KubeRay sets it), ``ray_version``, number of
+    ``nodes``, ``resources`` by name (memory in bytes) and ``accelerators``."""
+    import ray
+
+    have = {
+        name: amount for name, amount in ray.cluster_resources().items() if ":" not in name or "accelerator" in name
+    }
+    return {
+        "name": os.environ.get("RAY_CLUSTER_NAME"),
+        "ray_version": ray.__version__,
+        "nodes": sum(bool(node["Alive"]) for node in ray.nodes()),
+        "resources": {name: amount for name, amount in sorted(have.items()) if ":" not in name},
+        "accelerators": sorted(name.partition(":")[2] for name in have if ":" in name),
+    }
+
+
 def require_capacity(spec: TrainingSpec, have: Mapping[str, float]) -> None:
     """Check that a Ray that does not grow can hold the workers, which would else be waited for in vain.
 

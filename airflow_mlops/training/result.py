@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from airflow_mlops import storage
+from airflow_mlops import environment, storage
 from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.training.spec import TrainingSpec
 
@@ -155,3 +155,11 @@ def read_result(spec: TrainingSpec) -> TrainingResult | None:
 def write_result(spec: TrainingSpec, result: TrainingResult) -> None:
     """Put ``result`` into the run's directory, replacing an earlier attempt's."""
     storage.write_json(spec.file("result.json"), result.to_json())
+
+
+def write_environment(spec: TrainingSpec, cluster: Mapping[str, Any] | None = None) -> None:
+    """Put down where the attempt runs, in ``environment.json`` of the run's directory.
+
+    :param cluster: the Ray it has joined, None where it joins none or has not yet
+    """
+    storage.write_json(spec.file("environment.json"), {**environment.describe(), "cluster": cluster})

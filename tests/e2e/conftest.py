@@ -284,7 +284,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     root = tmp_path_factory.mktemp("loop")
     with Stack(root, dags_folder=REPOSITORY / "dags", feature_repo=REPOSITORY / "feature_repo") as stack:
         running = Loop(stack)
-        for dag_id in (DAG, "drift_check", "drift_watch", "progressive_rollout", "roll_back"):
+        for dag_id in (DAG, "drift_check", "drift_watch", "progressive_rollout", "roll_back", "reproduce"):
             running.until(lambda dag_id=dag_id: running.client.dag(dag_id), f"Airflow to find {dag_id}", 60)
             assert not running.client.import_errors()
             running.client.pause(dag_id, False)

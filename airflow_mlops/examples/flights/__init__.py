@@ -19,3 +19,16 @@ CALENDAR_BOUND = ("temp", "dewp", "humid", "pressure", "wind_dir", "wind_speed",
 #: A false alarm costs a training that the gate looks at, harm that is missed a month of worse predictions: so one
 #: month in ten may be called harmed without being so, and from a rise of 0.02 in the log loss on.
 HARM: dict[str, Any] = {"alpha": 0.1, "epsilon": 0.02, "calibration_tolerance": 0.01, "excess_epsilon": 0.01}
+#: XGBoost's parameters, the seed among them, unless the training loop's ``config["params"]`` says otherwise.
+PARAMS: dict[str, Any] = {
+    "objective": "binary:logistic",
+    "eval_metric": "logloss",
+    "tree_method": "hist",
+    "max_depth": 6,
+    "eta": 0.1,
+    "min_child_weight": 20,
+    "subsample": 0.8,
+    "colsample_bytree": 0.5,
+    "lambda": 5.0,
+    "seed": 7,
+}

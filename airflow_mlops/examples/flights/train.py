@@ -14,21 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.fs
 
+from airflow_mlops.examples.flights import PARAMS
 from airflow_mlops.exceptions import DataError
 
-#: XGBoost's parameters unless ``config["params"]`` says otherwise.
-PARAMS: dict[str, Any] = {
-    "objective": "binary:logistic",
-    "eval_metric": "logloss",
-    "tree_method": "hist",
-    "max_depth": 6,
-    "eta": 0.1,
-    "min_child_weight": 20,
-    "subsample": 0.8,
-    "colsample_bytree": 0.5,
-    "lambda": 5.0,
-    "seed": 7,
-}
 ROUNDS = 150
 CHECKPOINT_EVERY = 25
 
@@ -37,8 +25,8 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     """Train on this worker's share of the training set; continues from the run's last checkpoint.
 
     :param config: ``train_uri`` (Parquet file or folder), ``features`` (numeric columns), ``label`` (0/1 column);
-        optional ``rounds``, ``params`` (over :data:`PARAMS`), ``checkpoint_every`` (rounds), ``nthread`` (1) and
-        ``recency_half_life_days`` (weight of old rows; default: all weigh the same)
+        optional ``rounds``, ``params`` (over ``airflow_mlops.examples.flights.PARAMS``), ``checkpoint_every`` (rounds),
+        ``nthread`` (1) and ``recency_half_life_days`` (weight of old rows; default: all weigh the same)
     :raises DataError: the training set is empty, lacks a column or has a missing label
     """
     import ray.train
