@@ -1,0 +1,72 @@
+"""Pickles read as lists of instructions, never run."""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import re
+
+#: Instructions that look a name up; a pickle without any of them makes plain values only.
+_BY_NAME, _BY_STACK = frozenset({"GLOBAL", "INST"}), frozenset({"STACK_GLOBAL", "EXT1", "EXT2", "EXT4"})
+_NAME = re.compile(r"[\w.]+ [\w.]+")
+#: What PyTorch's own restricted unpickler builds tensors of; none of it takes a name or code as its argument.
+_TENSORS = re.compile(
+    r"torch\.(_utils\._rebuild_(tensor_v2|parameter|qtensor|sparse_tensor)|\w+Storage|Size|device|dtype"
+    r"|b?float\d*|double|half|u?int\d+|long|bool|complex\d+|storage\.UntypedStorage|Tensor"
+    r"|nn\.parameter\.Parameter|serialization\._get_layout)|collections\.OrderedDict"
+)
+#: Longer text than this is no pickle of protocol 0 that a model library has written.
+_MOST_TEXT = 64 << 20
+
+
+def is_pickle(content: bytes) -> bool:
+    """Whether ``content`` starts as a pickle of protocol 2 or newer, or is one of an older protocol that acts.
+
+    Old pickles are plain text, so they are told by being read, up to an instruction that looks a name up. Damage after
+    it does not make a file harmless: what comes before the damage runs.
+    """
+    if content[:1] == b"\x80" and len(content) > 1 and content[1] <= 8:
+        return True
+    acting = False
+    try:
+        for opcode, argument, _ in pickletools.genops(io.BytesIO(content[:_MOST_TEXT])):
+            named = opcode.name in _BY_NAME and _NAME.fullmatch(str(argument)) is not None
+            acting = acting or named or opcode.name in _BY_STACK
+            if opcode.name == "STOP":
+                return acting
+    except Exception:  # whatever a damaged one raises
+        return acting
+    return acting
+
+
+def globals_of(content: bytes) -> tuple[str, ...]:
+    """The dotted names that a pickle looks up, sorted; ``?`` among them where a name is made while it runs.
+
+    :raises ValueError: it is damaged, or something follows it
+    """
+    found: set[str] = set()
+    strings: list[str] = []
+    stream = io.BytesIO(content)
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in ("GLOBAL", "INST"):
+            found.add(str(argument).replace(" ", ".", 1))
+        elif opcode.name == "STACK_GLOBAL":
+            found.add(".".join(strings[-2:]) if len(strings) >= 2 else "?")
+        elif opcode.name.startswith("EXT"):
+            found.add("?")
+        if isinstance(argument, str) and "UNICODE" in opcode.name:
+            strings.append(argument)
+        elif opcode.name not in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "FRAME"):
+            # Two strings right before it are the name; anything else between them could put others in their place.
+            strings.clear()
+    if stream.read(1):
+        raise ValueError("something follows the pickle")
+    return tuple(sorted(found))
+
+
+def unsafe_globals(content: bytes) -> tuple[str, ...]:
+    """Those of :func:`globals_of` that PyTorch's weights-only unpickler would refuse.
+
+    :raises ValueError: it is damaged, or something follows it
+    """
+    return tuple(name for name in globals_of(content) if not _TENSORS.fullmatch(name))

@@ -1,0 +1,1 @@
+"""Where a model comes from and whether it is still that: signatures, and pickles kept apart."""
