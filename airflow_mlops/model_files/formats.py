@@ -42,6 +42,7 @@ _LOADERS: Mapping[str, tuple[str, ...]] = {
 _PICKLE_LOADERS = frozenset({"mlflow.sklearn", "mlflow.pyfunc.model", "mlflow.pyfunc.loaders.code_model"})
 _PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".joblib", ".skops", ".dill", ".cloudpickle"})
 _MOST_TEXT = 512 << 20
+_MOST_PICKLE = 64 << 20
 _HEAD = 1 << 16
 
 
@@ -160,6 +161,8 @@ def _file(root: Path, path: str) -> ModelFile:
             return ModelFile(path, name)
     text = _text(full)
     if text is None:
+        if not head.startswith(b"\x93NUMPY") and is_pickle(full.read_bytes()[:_MOST_PICKLE]):
+            return ModelFile(path, PICKLE, "a pickle of protocol 1")
         looks = "an array of numpy" if head.startswith(b"\x93NUMPY") else f"starts with {head[:8]!r}"
         raise _Unknown(looks)
     if is_pickle(text.encode()):
@@ -184,7 +187,7 @@ def _archive(full: Path, path: str) -> ModelFile:
 
 def _pickle(full: Path, head: bytes) -> str:
     """Why a file is a pickle; blank where it is none."""
-    if is_pickle(head[:2]):
+    if head[:1] == b"\x80" and is_pickle(head):
         return f"a pickle of protocol {head[1]}"
     if archives.holds_objects(head):
         return "an array of pickled objects"

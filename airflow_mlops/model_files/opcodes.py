@@ -45,20 +45,29 @@ def globals_of(content: bytes) -> tuple[str, ...]:
     :raises ValueError: it is damaged, or something follows it
     """
     found: set[str] = set()
-    strings: list[str] = []
+    memo: dict[int, str | None] = {}
+    # The strings on top of the stack; anything that is no string, or moves them about, makes them unknown.
+    top: list[str | None] = []
     stream = io.BytesIO(content)
     for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name in ("GLOBAL", "INST"):
+        name = opcode.name
+        if name in _BY_NAME:
             found.add(str(argument).replace(" ", ".", 1))
-        elif opcode.name == "STACK_GLOBAL":
-            found.add(".".join(strings[-2:]) if len(strings) >= 2 else "?")
-        elif opcode.name.startswith("EXT"):
+        elif name == "STACK_GLOBAL":
+            module, attribute = [None, None, *top][-2:]
+            found.add(f"{module}.{attribute}" if module and attribute else "?")
+        elif name in _BY_STACK:
             found.add("?")
-        if isinstance(argument, str) and "UNICODE" in opcode.name:
-            strings.append(argument)
-        elif opcode.name not in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "FRAME"):
-            # Two strings right before it are the name; anything else between them could put others in their place.
-            strings.clear()
+        if name == "MEMOIZE":
+            memo[len(memo)] = top[-1] if top else None
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[int(argument or 0)] = top[-1] if top else None
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            top.append(memo.get(int(argument or 0)))
+        elif isinstance(argument, str) and "UNICODE" in name:
+            top.append(argument)
+        elif name != "FRAME":
+            top.clear()
     if stream.read(1):
         raise ValueError("something follows the pickle")
     return tuple(sorted(found))

@@ -73,6 +73,8 @@ class ModelScoreOperator(MlflowBaseOperator):
     :param window_end: first instant after it (templated)
     :param mlflow_conn_id: connection of type ``mlflow``
     :param tracking_uri: overrides the connection's (templated)
+    :param signing_conn_id: connection of type ``model_signing``; every model then has to be a signed version
+    :param allow_pickle: the models may be pickles; they then answer from a sandbox
     :return: ``rows``, ``unlabelled``, ``models`` (name to ``version``, ``uri`` and the scores of
         :func:`airflow_mlops.evaluation.score`, or None), ``predictions_uri``, ``run_id`` (None when there is no model)
     """
@@ -229,8 +231,10 @@ class ModelGateOperator(MlflowBaseOperator):
         pushed in both cases
     :param mlflow_conn_id: connection of type ``mlflow``
     :param tracking_uri: overrides the connection's (templated)
-    :return: :meth:`GateVerdict.to_json` and ``challenger_uri``, ``champion_uri``, ``champion_version``,
-        ``unlabelled``, ``report_uri``, ``verdict_uri``, ``predictions_uri``
+    :param signing_conn_id: connection of type ``model_signing``; registered versions then need a signature
+    :param allow_pickle: the models may be pickles; they then answer from a sandbox
+    :return: :meth:`GateVerdict.to_json` and ``challenger_uri``, ``challenger_digest``, ``champion_uri``,
+        ``champion_version``, ``unlabelled``, ``report_uri``, ``verdict_uri``, ``predictions_uri``
     """
 
     template_fields: Sequence[str] = (
@@ -299,7 +303,6 @@ class ModelGateOperator(MlflowBaseOperator):
 
     def _judge(self, context: Context) -> dict[str, Any]:
         from airflow_mlops.evaluation import evaluate
-        from airflow_mlops.evaluation.latency import measure
 
         if self.on_fail not in ("fail", "skip"):
             raise InvalidInputError(f"on_fail is {self.on_fail!r}; expected 'fail' or 'skip'")
@@ -319,12 +322,14 @@ class ModelGateOperator(MlflowBaseOperator):
         if missing := [name for name in slices if name not in frame.columns]:
             raise DataError(f"{self.data_uri} lacks the slice columns {missing}; it has {list(frame.columns)[:20]}")
 
-        arms = {"challenger": self.hook.predict_proba(self.challenger_uri, frame, features)}
+        models = self.hook.models
+        # Before it is registered a challenger has no signature yet; its digest goes along to the registration.
+        arms = {"challenger": models.predict_proba(self.challenger_uri, frame, features, unregistered=True)}
         if champion_uri is not None:
             arms["champion"] = self.hook.predict_proba(champion_uri, frame, features)
         latency = None
         if len(frame) and (self.measure_latency or policy.max_latency_ms is not None):
-            latency = measure(self.hook.model_dir(self.challenger_uri), frame, features)
+            latency = models.latency(self.challenger_uri, frame, features)
         verdict = evaluate(
             frame[self.label_column].to_numpy(),
             arms.get("champion"),
@@ -339,6 +344,7 @@ class ModelGateOperator(MlflowBaseOperator):
         return {
             **verdict.to_json(),
             "challenger_uri": self.challenger_uri,
+            "challenger_digest": models.open(self.challenger_uri, unregistered=True).digest,
             "champion_uri": champion_uri,
             "champion_version": champion_version,
             **self._publish(verdict, frame, arms),

@@ -166,7 +166,7 @@ class TestBreaks:
     def test_another_key(self, model, keys):
         other = SigningKeys(private_key=pem_of(ec.generate_private_key(ec.SECP256R1())))
         content = sign(model(), SUBJECT, other).content
-        with pytest.raises(InvalidInputError, match="does not hold.*does not match"):
+        with pytest.raises(InvalidInputError, match=r"does not hold.*does not match"):
             verify(model(name="b"), content, SUBJECT, keys)
 
     def test_a_statement_changed_under_the_signature(self, model, keys):
