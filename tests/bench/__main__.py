@@ -9,9 +9,17 @@ import argparse
 import json
 import pathlib
 
-from tests.bench import canary, drift, imports, month, overhead, waiting
+from tests.bench import canary, drift, imports, month, overhead, signing, waiting
 
-PARTS = {"imports": imports, "waiting": waiting, "overhead": overhead, "month": month, "drift": drift, "canary": canary}
+PARTS = {
+    "imports": imports,
+    "waiting": waiting,
+    "overhead": overhead,
+    "month": month,
+    "drift": drift,
+    "canary": canary,
+    "signing": signing,
+}
 
 
 def main() -> None:
