@@ -35,16 +35,24 @@ def pickles(allowed: bool) -> Iterator[None]:
             os.environ[name] = before
 
 
+def require_model(folder: str | Path) -> None:
+    """Refuse a folder that holds no MLflow model.
+
+    :raises InvalidInputError: it has no file ``MLmodel``
+    """
+    if not (Path(folder) / "MLmodel").is_file():
+        raise InvalidInputError(
+            f"{folder} holds no MLflow model (no file MLmodel); give the folder that mlflow's save_model wrote"
+        )
+
+
 def load(model_dir: str | Path, *, allow_pickle: bool = False) -> Any:
     """The ``mlflow.pyfunc`` model stored in the local folder ``model_dir``.
 
     :param allow_pickle: load pickles, too, which runs what they hold: in a sandbox only
     :raises InvalidInputError: there is no MLflow model, or a file of it is of no allowed format
     """
-    if not (Path(model_dir) / "MLmodel").is_file():
-        raise InvalidInputError(
-            f"{model_dir} holds no MLflow model (no file MLmodel); give the folder that mlflow's save_model wrote"
-        )
+    require_model(model_dir)
     check(model_dir, allow_pickle=allow_pickle)
     from mlflow.exceptions import MlflowException
     from mlflow.pyfunc import load_model

@@ -167,9 +167,11 @@ class Models:
         return self._opened[key]
 
     def _look(self, what: str, folder: str, allow_pickle: bool) -> OpenedModel:
+        from airflow_mlops.evaluation.scorer import require_model
         from airflow_mlops.model_files.digest import model_digest
         from airflow_mlops.model_files.formats import check
 
+        require_model(folder)
         opened = OpenedModel(folder, model_digest(folder), check(folder, allow_pickle=allow_pickle))
         if opened.pickled:
             findings_of(what, folder)
