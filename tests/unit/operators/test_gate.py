@@ -21,8 +21,9 @@ CONTEXT = {
 
 
 def test_all_but_switches_is_templated(untemplated):
-    assert untemplated(ModelGateOperator) == {"alias", "cluster", "measure_latency", "on_fail", "mlflow_conn_id"}
-    assert untemplated(ModelScoreOperator) == {"optional", "mlflow_conn_id"}
+    trust = {"mlflow_conn_id", "signing_conn_id", "allow_pickle"}
+    assert untemplated(ModelGateOperator) == {"alias", "cluster", "measure_latency", "on_fail", *trust}
+    assert untemplated(ModelScoreOperator) == {"optional", *trust}
 
 
 def test_templates_render_at_every_depth(rendered):

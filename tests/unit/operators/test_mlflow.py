@@ -19,7 +19,8 @@ def register(**changes):
 
 @pytest.mark.parametrize("operator", [MlflowRegisterOperator, MlflowPromoteOperator, MlflowRollbackOperator])
 def test_all_but_the_connection_is_templated(operator, untemplated):
-    assert untemplated(operator) == {"mlflow_conn_id"}
+    # A template must not be what allows a pickle.
+    assert untemplated(operator) == {"mlflow_conn_id", "signing_conn_id", "allow_pickle"}
 
 
 def test_templates_render_at_every_depth(rendered):
