@@ -13,6 +13,7 @@ _SYSTEMS = {
     "Evidently": "https://docs.evidentlyai.com/",
     "Ray Serve": "https://docs.ray.io/en/latest/serve/",
     "Prometheus": "https://prometheus.io/docs/",
+    "Model Signing": "https://github.com/sigstore/model-transparency",
 }
 
 
@@ -60,6 +61,7 @@ def get_provider_info() -> dict[str, Any]:
                 "DVC": ["dvc"],
                 "Ray Serve": ["ray_serve"],
                 "Prometheus": ["prometheus"],
+                "Model Signing": ["signing"],
             },
         ),
         "triggers": _modules(
@@ -190,6 +192,26 @@ def get_provider_info() -> dict[str, Any]:
                         "host": "http://prometheus.monitoring:9090",
                         "password": "A bearer token if there is no user",
                     },
+                },
+            },
+            {
+                "connection-type": "model_signing",
+                "hook-class-name": "airflow_mlops.hooks.signing.SigningHook",
+                "hook-name": "Model signing",
+                "conn-fields": {
+                    "method": _field("Method", "key (if empty), certificate or sigstore"),
+                    "passphrase": _field("Passphrase", "Of an encrypted private key", secret=True),
+                    "public_key": _field("Public key", "PEM; to verify without the private key"),
+                    "certificate": _field("Certificate", "PEM, of the signer"),
+                    "certificate_chain": _field("Certificate chain", "PEM, the authorities to trust"),
+                    "identity": _field("Identity", "Who must have signed: a name of the certificate, or of Sigstore"),
+                    "oidc_issuer": _field("OIDC issuer", "Who vouches for the identity, with sigstore"),
+                    "trust_config": _field("Trust configuration", "Path on the worker, for a Sigstore of one's own"),
+                },
+                "ui-field-behaviour": {
+                    "hidden-fields": ["host", "schema", "login", "port", "extra"],
+                    "relabeling": {"password": "Private key or identity token"},
+                    "placeholders": {"password": "PEM; none in a connection that only verifies"},
                 },
             },
         ],

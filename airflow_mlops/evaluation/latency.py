@@ -65,7 +65,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     from airflow_mlops.evaluation.scorer import load, prepare
 
     begun = time.perf_counter()
-    model = load(job["model"])
+    model = load(job["model"], allow_pickle=job.get("allow_pickle", False))
     loaded = time.perf_counter() - begun
     call, inputs = prepare(model, pd.read_parquet(job["rows"]), job["features"])
     single = [inputs.iloc[i : i + 1] for i in range(len(inputs))]

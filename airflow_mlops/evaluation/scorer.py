@@ -3,73 +3,82 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlops.exceptions import DataError, InvalidInputError
+from airflow_mlops.model_files.formats import HOW_TO_STORE, check
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".joblib", ".skops", ".dill", ".cloudpickle"})
-HOW_TO_STORE = (
-    "Loading it would run whatever code the file holds. Save the model in a format that is only data: "
-    "mlflow.xgboost or mlflow.lightgbm with a native Booster, ONNX, torch with serialization_format='pt2', or an "
-    "MLflow model from code."
-)
-
-
-def pickled_files(model_dir: str | Path) -> list[str]:
-    """The files under ``model_dir`` that are pickles, by name or by their first bytes, as relative paths."""
-    root = Path(model_dir)
-    found = []
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            head = file.read(2)
-        if path.suffix.lower() in PICKLE_SUFFIXES or (len(head) == 2 and head[0] == 0x80 and head[1] <= 5):
-            found.append(str(path.relative_to(root)))
-    return found
-
 
 @contextmanager
-def pickle_forbidden() -> Iterator[None]:
-    """While inside, MLflow refuses every flavour that deserialises code."""
+def pickles(allowed: bool) -> Iterator[None]:
+    """While inside, MLflow refuses every flavour that deserialises code, or does not; no bytecode is written either,
+    which would add files to the model.
+    """
     name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
+    before, bytecode = os.environ.get(name), sys.dont_write_bytecode
+    os.environ[name], sys.dont_write_bytecode = str(allowed).lower(), True
     try:
         yield
     finally:
+        sys.dont_write_bytecode = bytecode
         if before is None:
             del os.environ[name]
         else:
             os.environ[name] = before
 
 
-def load(model_dir: str | Path) -> Any:
+def require_model(folder: str | Path) -> None:
+    """Refuse a folder that holds no MLflow model.
+
+    :raises InvalidInputError: it has no file ``MLmodel``
+    """
+    if not (Path(folder) / "MLmodel").is_file():
+        raise InvalidInputError(
+            f"{folder} holds no MLflow model (no file MLmodel); give the folder that mlflow's save_model wrote"
+        )
+
+
+def load(model_dir: str | Path, *, allow_pickle: bool = False) -> Any:
     """The ``mlflow.pyfunc`` model stored in the local folder ``model_dir``.
 
-    :raises InvalidInputError: there is no MLflow model, or it is stored in a format that runs code when loaded
+    :param allow_pickle: load pickles, too, which runs what they hold: in a sandbox only
+    :raises InvalidInputError: there is no MLflow model, or a file of it is of no allowed format
     """
-    if not (Path(model_dir) / "MLmodel").is_file():
-        raise InvalidInputError(
-            f"{model_dir} holds no MLflow model (no file MLmodel); give the folder that mlflow's save_model wrote"
-        )
-    if pickles := pickled_files(model_dir):
-        raise InvalidInputError(f"the model in {model_dir} is pickled ({', '.join(pickles[:3])}). {HOW_TO_STORE}")
+    require_model(model_dir)
+    check(model_dir, allow_pickle=allow_pickle)
     from mlflow.exceptions import MlflowException
     from mlflow.pyfunc import load_model
 
-    with pickle_forbidden():
+    with pickles(allow_pickle):
         try:
             return load_model(str(model_dir))
         except MlflowException as error:
             if "MLFLOW_ALLOW_PICKLE_DESERIALIZATION" in str(error):
                 raise InvalidInputError(f"the model in {model_dir} is pickled. {HOW_TO_STORE}") from error
             raise InvalidInputError(f"the model in {model_dir} cannot be loaded: {error}") from error
+
+
+def answer(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What a process of its own does to predict: rows from one file, probabilities to another.
+
+    :param job: ``model`` (folder), ``rows`` (Parquet), ``features``, ``predictions`` (file for the probabilities, raw
+        little-endian float64), ``allow_pickle``
+    :return: ``rows``, their number
+    """
+    import pandas as pd
+
+    model = load(job["model"], allow_pickle=job["allow_pickle"])
+    values = predict_proba(model, pd.read_parquet(job["rows"]), job["features"] or None)
+    Path(job["predictions"]).write_bytes(values.astype("<f8").tobytes())
+    return {"rows": len(values)}
 
 
 def model_inputs(model: Any) -> list[str] | None:

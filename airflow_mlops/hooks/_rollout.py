@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.hooks.prometheus import aevidence_source, evidence_source
 from airflow_mlops.hooks.ray_serve import RayServeHook
 
@@ -102,3 +103,51 @@ def servables_of(mlflow: MlflowHook, target: Mapping[str, Any], models: Mapping[
         for version, uri in models.items()
         if version and uri
     }
+
+
+def with_digests(
+    mlflow: MlflowHook, target: Mapping[str, Any], model: str, models: Mapping[str, str], *, signed: bool
+) -> dict[str, Any]:
+    """``target`` with the digests that the versions were registered with, where its slots check them: on Ray Serve.
+
+    :param models: version to its folder or URI; blank ones are left out, and so are folders that no registry knows
+    :param signed: signatures are asked for, so that a version without a digest is refused
+    :raises InvalidInputError: a version has none and ``signed``
+    :raises RegistryError: there is no such version
+    """
+    if target.get("kind") != RAY_SERVE:
+        return dict(target)
+    digests = {}
+    for version, uri in models.items():
+        if not version or not (signed or _registered(mlflow, uri)):
+            continue
+        digest = mlflow.models.digest_of(model, version)
+        if digest:
+            digests[version] = digest
+        elif signed:
+            raise InvalidInputError(
+                f"version {version} of {model} has no digest on record; register it with signing_conn_id"
+            )
+    return {**target, "digests": digests}
+
+
+def _registered(mlflow: MlflowHook, uri: str) -> bool:
+    """Whether ``uri`` is that of a registered version, in a registry that this process knows."""
+    if not uri.startswith("models:/"):
+        return False
+    try:
+        return bool(mlflow.tracking_uri)
+    except InvalidInputError:
+        # Then only Ray Serve knows where it is, and there is nobody to ask for the digest.
+        return False
+
+
+def verify_signatures(mlflow: MlflowHook, model: str, models: Mapping[str, str]) -> None:
+    """Check digest, signature and formats of the versions that traffic may go to, before any does.
+
+    :param models: version to its folder or URI; blank ones are left out
+    :raises InvalidInputError: one is unsigned, or not what was signed
+    """
+    for version, uri in models.items():
+        if version:
+            mlflow.models.open_version(model, version, uri or f"models:/{model}/{version}")

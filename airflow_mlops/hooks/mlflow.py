@@ -19,7 +19,8 @@ from airflow_mlops.exceptions import (
     MlopsError,
     RegistryError,
 )
-from airflow_mlops.storage import is_local, local_path
+from airflow_mlops.hooks._models import DIGEST, RUN_KEY, SIGNATURE, SIGNED_BY, Models
+from airflow_mlops.storage import is_local, local_path, write_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,9 @@ class MlflowHook(BaseHook):
 
     :param mlflow_conn_id: the Airflow connection; ``mlflow_default`` need not exist
     :param tracking_uri: overrides the connection's URI, for example ``sqlite:////data/mlflow.db``
+    :param signing_conn_id: connection of type ``model_signing``: versions are then loaded only with a signature that it
+        vouches for
+    :param allow_pickle: load pickles, too, in a sandbox; see :class:`airflow_mlops.hooks._models.Models`
     """
 
     conn_name_attr = "mlflow_conn_id"
@@ -50,10 +54,18 @@ class MlflowHook(BaseHook):
     conn_type = "mlflow"
     hook_name = "MLflow"
 
-    def __init__(self, mlflow_conn_id: str = default_conn_name, tracking_uri: str | None = None) -> None:
+    def __init__(
+        self,
+        mlflow_conn_id: str = default_conn_name,
+        tracking_uri: str | None = None,
+        *,
+        signing_conn_id: str | None = None,
+        allow_pickle: bool = False,
+    ) -> None:
         super().__init__()
         self.mlflow_conn_id = mlflow_conn_id
         self._tracking_uri = tracking_uri
+        self.models = Models(self, signing_conn_id, allow_pickle)
 
     @cached_property
     def _connection(self) -> Any | None:
@@ -401,19 +413,48 @@ class MlflowHook(BaseHook):
     def load(self, uri: str) -> Any:
         """The model at ``uri`` as ``mlflow.pyfunc`` model; pickled flavours are refused.
 
-        :raises InvalidInputError: no model is there, or loading it would run code that it holds
+        :raises InvalidInputError: no model is there, it is not the one that was registered, or loading it would run
+            code that it holds
         """
-        from airflow_mlops.evaluation.scorer import load
-
-        return load(self.model_dir(uri))
+        return self.models.load(uri)
 
     def predict_proba(self, uri: str, frame: pd.DataFrame, features: Sequence[str] | None = None) -> np.ndarray:
         """Probability of the positive class for each row, shape (rows,); the model's signature names its inputs,
         ``features`` does where it has none. See :func:`airflow_mlops.evaluation.scorer.predict_proba`.
         """
-        from airflow_mlops.evaluation.scorer import predict_proba
+        return self.models.predict_proba(uri, frame, features)
 
-        return predict_proba(self.load(uri), frame, features)
+    def sign_version(self, name: str, version: str, signing_conn_id: str) -> str:
+        """Sign a version that was registered without a signature, as its files are now; returns who signed.
+
+        For versions from before signatures were asked for: it vouches for files that nobody has watched since.
+
+        :raises InvalidInputError: its files are not those that were registered, where that is on record; it was not
+            registered by ``MlflowRegisterOperator``; a later version repeats its training
+        """
+        from airflow_mlops.hooks.signing import SigningHook
+
+        found = self.version(name, version)
+        key = found.tags.get(RUN_KEY)
+        if not key or str(self.versions_tagged(name, RUN_KEY, key)[0].version) != str(found.version):
+            raise InvalidInputError(
+                f"version {version} of {name} is not the first of its training (tag {RUN_KEY!r} is {key!r}); register "
+                "it with MlflowRegisterOperator"
+            )
+        uri = f"models:/{name}/{version}"
+        opened = Models(self, allow_pickle=True).open(uri)
+        signed = SigningHook(signing_conn_id).sign(opened.folder, name, key)
+        if signed.digest != opened.digest:
+            raise InvalidInputError(f"{uri} changed while it was signed; see who else writes to {opened.folder}")
+        folder = f"{self.client.get_run(found.run_id).info.artifact_uri}/evidence"
+        tags = {
+            DIGEST: signed.digest,
+            SIGNATURE: write_bytes(f"{folder}/model.sig", signed.content),
+            SIGNED_BY: signed.signed_by,
+        }
+        for tag, value in tags.items():
+            self.client.set_model_version_tag(name, str(version), tag, value)
+        return signed.signed_by
 
     # --- runs -----------------------------------------------------------------------------------------------
 

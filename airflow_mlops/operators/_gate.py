@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from airflow_mlops.evaluation import GatePolicy, GateVerdict
     from airflow_mlops.evaluation.cases import Case
     from airflow_mlops.evaluation.metrics import Floats
+    from airflow_mlops.hooks._models import Models
     from airflow_mlops.hooks.mlflow import MlflowHook
 
 #: Names of the gate's page, verdict and picture in an MLflow run.
@@ -26,7 +27,7 @@ PAGE, VERDICT, PICTURE = "gate.html", "gate.json", "gate.png"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in this process.
+    """A model that has been opened for many predictions.
 
     :param predict: a frame to the probability of each row
     :param features: its inputs, by its signature or as given
@@ -36,12 +37,10 @@ class Loaded:
     features: list[str]
 
 
-def load(hook: MlflowHook, uri: str, features: Sequence[str] | None) -> Loaded:
-    """The model at ``uri``, loaded once for many predictions."""
-    from airflow_mlops.evaluation.scorer import model_inputs, predict_proba
-
-    model = hook.load(uri)
-    return Loaded(lambda frame: predict_proba(model, frame, features), model_inputs(model) or list(features or ()))
+def load(models: Models, uri: str, features: Sequence[str] | None, *, unregistered: bool = False) -> Loaded:
+    """The model at ``uri``, loaded once; a pickle anew for each frame, in a sandbox."""
+    inputs = models.inputs(uri, unregistered=unregistered) or list(features or ())
+    return Loaded(models.predictor(uri, features, unregistered=unregistered), inputs)
 
 
 def behaviour(value: Any) -> list[Case]:

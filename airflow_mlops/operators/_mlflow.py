@@ -21,17 +21,37 @@ def task_key(context: Context) -> str:
 
 
 class MlflowBaseOperator(BaseOperator):
-    """An operator that talks to one MLflow."""
+    """An operator that talks to one MLflow.
+
+    :param mlflow_conn_id: connection of type ``mlflow``
+    :param tracking_uri: overrides the connection's
+    :param signing_conn_id: connection of type ``model_signing``, to sign what is registered and to load only versions
+        with a signature that it vouches for; None: signatures are neither made nor asked for
+    :param allow_pickle: this model may be a pickle: it is then scanned, and loaded in a sandbox only
+    """
 
     def __init__(
-        self, *, mlflow_conn_id: str = MlflowHook.default_conn_name, tracking_uri: str | None = None, **kwargs: Any
+        self,
+        *,
+        mlflow_conn_id: str = MlflowHook.default_conn_name,
+        tracking_uri: str | None = None,
+        signing_conn_id: str | None = None,
+        allow_pickle: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**{"multiple_outputs": True, **kwargs})
         self.mlflow_conn_id = mlflow_conn_id
         self.tracking_uri = tracking_uri
+        self.signing_conn_id = signing_conn_id
+        self.allow_pickle = allow_pickle
 
     @cached_property
     def hook(self) -> MlflowHook:
         """The hook of this task's MLflow."""
         uri = None if is_blank(self.tracking_uri) else self.tracking_uri
-        return MlflowHook(self.mlflow_conn_id, tracking_uri=uri)
+        return MlflowHook(
+            self.mlflow_conn_id,
+            tracking_uri=uri,
+            signing_conn_id=self.signing_conn_id,
+            allow_pickle=self.allow_pickle is True,
+        )

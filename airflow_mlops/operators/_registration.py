@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from airflow_mlops.exceptions import DataError, InvalidInputError
+from airflow_mlops.hooks._models import RUN_KEY
 from airflow_mlops.shell import is_blank
 from airflow_mlops.storage import read_bytes
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from airflow_mlops.drift import Profile
 
-#: Tag of the run and of the version: which training it is.
-RUN_KEY = "mlops.run_key"
 #: Folder of a run's artifacts. The model's own folder keeps the bytes that were judged.
 EXAMPLE = "input_example"
 #: Artifact of a run: the gate's result.
@@ -47,17 +46,13 @@ def checked_model(model_dir: str, uri: str, *, require_signature: bool) -> Any:
     """The ``mlflow.models.Model`` in a local folder.
 
     :param uri: how errors call it
-    :raises InvalidInputError: there is none, it is pickled, no flavour of it can be loaded here, or it has no signature
+    :raises InvalidInputError: there is none, no flavour of it can be loaded here, or it has no signature
     """
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
-    from airflow_mlops.evaluation.scorer import HOW_TO_STORE, pickled_files
-
     if not os.path.isfile(os.path.join(model_dir, "MLmodel")):
         raise InvalidInputError(f"{uri} holds no MLflow model (no file MLmodel)")
-    if pickles := pickled_files(model_dir):
-        raise InvalidInputError(f"the model in {uri} is pickled ({pickles[0]}). {HOW_TO_STORE}")
     try:
         model = Model.load(model_dir)
         flavours = dict(model.flavors)

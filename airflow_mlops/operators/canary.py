@@ -14,7 +14,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.approval import ask, said
 from airflow_mlops.exceptions import ConcurrentChangeError, ExternalSystemError, InvalidInputError
-from airflow_mlops.hooks._rollout import RolloutPlace, servables_of
+from airflow_mlops.hooks._rollout import RolloutPlace, servables_of, verify_signatures, with_digests
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.hooks.ray_serve import RayServeHook
 from airflow_mlops.links import MlflowRunLink, RolloutReportLink
@@ -88,6 +88,9 @@ class CanaryPromoteOperator(BaseOperator):
     :param mlflow_conn_id: connection of type ``mlflow``, for ``alias`` and ``experiment``
     :param mlflow_tracking_uri: of that MLflow, instead of the connection's; for ``models:/`` URIs also where Ray
         Serve's slots find the registry, if the route is first deployed by this task (templated)
+    :param signing_conn_id: connection of type ``model_signing``: both versions need a signature that it vouches for,
+        checked before any traffic moves; None: only the digest of the registration is checked, by the slots of Ray
+        Serve
     :param report_dir: folder for a page, a picture and the result, below it one folder a rollout (templated)
     :param experiment: MLflow experiment that gets the same; None for none (templated)
     :param assigned_users: who may answer where a step of the policy has ``approval``, as Airflow's human-in-the-loop
@@ -148,6 +151,7 @@ class CanaryPromoteOperator(BaseOperator):
         previous_alias: str = "previous_champion",
         mlflow_conn_id: str = MlflowHook.default_conn_name,
         mlflow_tracking_uri: str | None = None,
+        signing_conn_id: str | None = None,
         report_dir: str | None = None,
         experiment: str | None = None,
         assigned_users: Any = None,
@@ -180,6 +184,7 @@ class CanaryPromoteOperator(BaseOperator):
         self.previous_alias = previous_alias
         self.mlflow_conn_id = mlflow_conn_id
         self.mlflow_tracking_uri = mlflow_tracking_uri
+        self.signing_conn_id = signing_conn_id
         self.report_dir = report_dir
         self.experiment = experiment
         self.assigned_users = assigned_users
@@ -197,6 +202,8 @@ class CanaryPromoteOperator(BaseOperator):
             spec, place, champion = self._spec(context), self._place(), self._champion()
             if champion:
                 champion.check()
+            if not is_blank(self.signing_conn_id):
+                verify_signatures(self._mlflow(), text(self.model_name), self._models())
             before = _stored(context)
             if self.deferrable:
                 self._defer(spec, place, before=before)
@@ -294,7 +301,11 @@ class CanaryPromoteOperator(BaseOperator):
 
     def _mlflow(self) -> MlflowHook:
         uri = None if is_blank(self.mlflow_tracking_uri) else self.mlflow_tracking_uri
-        return MlflowHook(self.mlflow_conn_id, tracking_uri=uri)
+        return MlflowHook(self.mlflow_conn_id, tracking_uri=uri, signing_conn_id=self.signing_conn_id)
+
+    def _models(self) -> dict[str, str]:
+        """The versions that may get traffic, and where they lie."""
+        return {text(self.version): text(self.model_uri), text(self.stable_version): text(self.stable_uri)}
 
     def _champion(self) -> ChampionAlias | None:
         if is_blank(self.alias):
@@ -318,13 +329,10 @@ class CanaryPromoteOperator(BaseOperator):
             startup_timeout=self.startup_timeout,
             load_timeout=self.load_timeout,
         )
-        models = {
-            text(self.version): text(self.model_uri),
-            text(self.stable_version): text(self.stable_uri),
-        }
+        mlflow, models, signed = self._mlflow(), self._models(), not is_blank(self.signing_conn_id)
         return RolloutPlace(
-            target=target,
-            servables=servables_of(self._mlflow(), target, models),
+            target=with_digests(mlflow, target, text(self.model_name), models, signed=signed),
+            servables=servables_of(mlflow, target, models),
             evidence=evidence(self.evidence),
             ray_conn_id=self.ray_conn_id,
             kubernetes_conn_id=self.kubernetes_conn_id,

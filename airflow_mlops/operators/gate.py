@@ -79,6 +79,8 @@ class ModelScoreOperator(MlflowBaseOperator):
     :param window_end: first instant after it (templated)
     :param mlflow_conn_id: connection of type ``mlflow``
     :param tracking_uri: overrides the connection's (templated)
+    :param signing_conn_id: connection of type ``model_signing``; every model then has to be a signed version
+    :param allow_pickle: the models may be pickles; they then answer from a sandbox
     :return: ``rows``, ``unlabelled``, ``models`` (name to ``version``, ``uri`` and the scores of
         :func:`airflow_mlops.evaluation.score`, or None), ``predictions_uri``, ``run_id`` (None when there is no model)
     """
@@ -245,8 +247,11 @@ class ModelGateOperator(ApprovalMixin, MlflowBaseOperator, BranchMixIn):
     :param approval_notifiers: told when somebody is asked
     :param mlflow_conn_id: connection of type ``mlflow``
     :param tracking_uri: overrides the connection's (templated)
-    :return: :meth:`GateVerdict.to_json` and ``challenger_uri``, ``champion_uri``, ``champion_version``,
-        ``unlabelled``, ``report_uri``, ``verdict_uri``, ``predictions_uri``, ``mlflow_run_id``, ``mlflow_url``
+    :param signing_conn_id: connection of type ``model_signing``; registered versions then need a signature
+    :param allow_pickle: the models may be pickles; they then answer from a sandbox
+    :return: :meth:`GateVerdict.to_json` and ``challenger_uri``, ``challenger_digest``, ``champion_uri``,
+        ``champion_version``, ``unlabelled``, ``report_uri``, ``verdict_uri``, ``predictions_uri``, ``mlflow_run_id``,
+        ``mlflow_url``
     """
 
     # So that a task of the branch not taken stays skipped when it is cleared.
@@ -380,7 +385,9 @@ class ModelGateOperator(ApprovalMixin, MlflowBaseOperator, BranchMixIn):
 
         groups = fairness_columns(policy, frame, self.data_uri)
 
-        challenger = load(self.hook, self.challenger_uri, features)
+        models = self.hook.models
+        # Before it is registered a challenger has no signature yet; its digest goes along to the registration.
+        challenger = load(models, self.challenger_uri, features, unregistered=True)
         labels = frame[self.label_column].to_numpy()
         arms = {"challenger": challenger.predict(frame)}
         if champion_uri is not None:
@@ -407,6 +414,7 @@ class ModelGateOperator(ApprovalMixin, MlflowBaseOperator, BranchMixIn):
         return {
             **verdict.to_json(),
             "challenger_uri": self.challenger_uri,
+            "challenger_digest": models.open(self.challenger_uri, unregistered=True).digest,
             "champion_uri": champion_uri,
             "champion_version": champion_version,
             **self._publish(context, verdict, frame, arms),
@@ -416,14 +424,13 @@ class ModelGateOperator(ApprovalMixin, MlflowBaseOperator, BranchMixIn):
         self, policy: GatePolicy, frame: pd.DataFrame, features: list[str] | None, champion_uri: str | None
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Of the challenger, and of the champion where the policy compares them."""
-        from airflow_mlops.evaluation.latency import measure
-
         compared = policy.max_latency_ratio is not None and champion_uri is not None
         limited = any(limit is not None for limit in (policy.max_latency_ms, policy.max_p99_ms, policy.max_memory_mib))
         if not len(frame) or not (self.measure_latency or limited or compared):
             return None, None
-        challenger = measure(self.hook.model_dir(self.challenger_uri), frame, features)
-        return challenger, measure(self.hook.model_dir(str(champion_uri)), frame, features) if compared else None
+        measure = self.hook.models.latency
+        challenger = measure(self.challenger_uri, frame, features)
+        return challenger, measure(str(champion_uri), frame, features) if compared else None
 
     def _policy(self) -> GatePolicy:
         if isinstance(self.policy, GatePolicy):

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError, RegistryError
+from airflow_mlops.hooks._models import ALLOW_PICKLE, DIGEST, RUN_KEY, SIGNATURE, SIGNED_BY, findings_of
 from airflow_mlops.operators._alias import compare_and_set, move_alias, to_move
 from airflow_mlops.operators._approval import ApprovalMixin
 from airflow_mlops.operators._audit import audited
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
 from airflow_mlops.operators._promotion import APPROVED_AT, APPROVED_BY, promotion_question, said_before
 from airflow_mlops.operators._registration import (
-    RUN_KEY,
     Papers,
     checked_model,
     described,
@@ -29,7 +29,7 @@ from airflow_mlops.operators._registration import (
     tags_of,
 )
 from airflow_mlops.shell import as_mapping, as_names, is_blank, permanent_errors_fail, push_result
-from airflow_mlops.storage import join, write_json
+from airflow_mlops.storage import join, write_bytes, write_json
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -53,9 +53,10 @@ class MlflowRegisterOperator(MlflowBaseOperator):
     The version's tags: ``mlops.run_key``, ``mlops.window_start``, ``mlops.window_end``, ``mlops.dataset_uri``,
     ``mlops.dataset_md5``, ``mlops.profile_uri`` (profile of the training set), ``mlops.loss_reference_uri`` (losses on
     the gate's hold-out), ``mlops.performance_uri`` (what estimates its performance without labels, where the hold-out
-    has enough rows), ``mlops.input_example_uri``, ``mlops.gate`` (``passed``, ``overruled`` or ``none``),
-    ``mlops.gate_uri``, ``mlops.gate_approved_by`` and ``mlops.gate_approved_at`` where somebody was asked, and those
-    given.
+    has enough rows), ``mlops.input_example_uri``, ``mlops.model_digest`` (of the model's files),
+    ``mlops.model_formats``, with a signature ``mlops.signature_uri`` and ``mlops.signed_by``, ``mlops.gate``
+    (``passed``, ``overruled`` or ``none``), ``mlops.gate_uri``, ``mlops.gate_approved_by`` and
+    ``mlops.gate_approved_at`` where somebody was asked, and those given.
 
     The model has to be one that can be loaded here without running code it holds, and its signature has to name its
     inputs. Its folder is kept as it was judged, byte by byte: where it has no input example, one made of the training
@@ -84,6 +85,9 @@ class MlflowRegisterOperator(MlflowBaseOperator):
     :param evidence_uri: folder for profile, loss reference and estimator; None for the run's artifacts. Needed where
         only the MLflow server can read artifacts (templated)
     :param alias: set on the version, unless a later version has it; None for none (templated)
+    :param signing_conn_id: connection of type ``model_signing`` that signs the model's files; None: no signature
+    :param allow_pickle: the model may be a pickle: it is then scanned, what the scanners say is kept
+        (``mlops.pickle_findings_uri``), and the version says so (``mlops.allow_pickle``)
     :param mlflow_conn_id: connection of type ``mlflow``
     :param tracking_uri: overrides the connection's (templated)
     :return: ``name``, ``version``, ``run_id``, ``model_uri`` (``models:/name/version``), ``created``
@@ -157,6 +161,7 @@ class MlflowRegisterOperator(MlflowBaseOperator):
         self.experiment = experiment
         self.evidence_uri = evidence_uri
         self.alias = alias
+        self._findings: list[dict[str, Any]] = []
 
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail(), self.hook.answering():
@@ -199,6 +204,7 @@ class MlflowRegisterOperator(MlflowBaseOperator):
         client = self.hook.client
         model_dir = self.hook.model_dir(papers.model_uri)
         model = checked_model(model_dir, papers.model_uri, require_signature=self.require_signature)
+        files = self._files(papers, model_dir)
         experiment = self.model_name if is_blank(self.experiment) else str(self.experiment)
         name = file_name(papers.key)[-80:]
         run = self.hook.run_for_key(experiment, papers.key, name=name, tags={"mlops.kind": "training"})
@@ -213,6 +219,8 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             **self._evidence(run, papers, profile),
             "mlops.input_example_uri": stored_example(client, run, model, rows, int(self.example_rows)),
             **as_mapping(self.tags, "tags"),
+            **files,
+            **self._signature(run, papers, model_dir, files[DIGEST]),
         }
         if profile is not None:
             log_dataset(client, run, f"{self.model_name}-training", papers, profile, rows)
@@ -264,16 +272,51 @@ class MlflowRegisterOperator(MlflowBaseOperator):
             frame = held_out(str(predictions))
             found["loss_reference"] = loss_reference(frame)
             found |= performance(frame, self.log)
+        if self._findings:
+            found["pickle_findings"] = self._findings
+        folder = self._evidence_folder(run, papers) if found else ""
+        return {f"mlops.{name}_uri": write_json(join(folder, f"{name}.json"), item) for name, item in found.items()}
+
+    def _evidence_folder(self, run: Any, papers: Papers) -> str:
         if is_blank(self.evidence_uri):
             folder = join(run.info.artifact_uri, "evidence")
         else:
             folder = join(str(self.evidence_uri), file_name(papers.key))
-        if found and folder.startswith(SERVER_ONLY):
+        if folder.startswith(SERVER_ONLY):
             raise InvalidInputError(
                 f"the artifacts of this MLflow are at {folder}, which only its server can read; give evidence_uri, a "
                 "folder that every worker can read"
             )
-        return {f"mlops.{name}_uri": write_json(join(folder, f"{name}.json"), item) for name, item in found.items()}
+        return folder
+
+    def _files(self, papers: Papers, model_dir: str) -> dict[str, str]:
+        """What the files are, as tags; only allowed formats, and only what the gate has judged."""
+        from airflow_mlops.model_files.digest import model_digest
+        from airflow_mlops.model_files.formats import check
+
+        files = check(model_dir, allow_pickle=self.allow_pickle is True)
+        pickled = any(file.pickled for file in files)
+        self._findings = findings_of(papers.model_uri, model_dir) if pickled else []
+        digest, judged = model_digest(model_dir), papers.gate.get("challenger_digest")
+        if not is_blank(judged) and judged != digest:
+            raise InvalidInputError(
+                f"the gate judged a model with the digest {judged}, but {papers.model_uri} has {digest}: its files "
+                "were changed since. Clear the gate, so that it judges what is registered."
+            )
+        formats = sorted({file.format for file in files} - {"text", "json", "mlmodel"})
+        return {DIGEST: digest, "mlops.model_formats": ",".join(formats), **({ALLOW_PICKLE: "true"} if pickled else {})}
+
+    def _signature(self, run: Any, papers: Papers, model_dir: str, digest: str) -> dict[str, str]:
+        """Sign the model for this training; the tags that say where and by whom."""
+        if is_blank(self.signing_conn_id):
+            return {}
+        from airflow_mlops.hooks.signing import SigningHook
+
+        signed = SigningHook(str(self.signing_conn_id)).sign(model_dir, self.model_name, papers.key)
+        if signed.digest != digest:
+            raise InvalidInputError(f"{papers.model_uri} changed while it was signed; see who else writes there")
+        place = join(self._evidence_folder(run, papers), "model.sig")
+        return {SIGNATURE: write_bytes(place, signed.content), SIGNED_BY: signed.signed_by}
 
     def _set_alias(self, version: Any) -> None:
         if is_blank(self.alias):

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from airflow_mlops.hooks._rollout import RolloutPlace, servables_of
+from airflow_mlops.hooks._rollout import RolloutPlace, servables_of, verify_signatures, with_digests
 from airflow_mlops.hooks.ray_serve import RayServeHook
 from airflow_mlops.operators._mlflow import task_key
 from airflow_mlops.operators._rollout import ray_serve_target, structure, text
@@ -37,6 +37,7 @@ class RollbackOperator(MlflowRollbackOperator):
     :param previous_alias: of the version to go back to; removed afterwards (templated)
     :param mlflow_conn_id: connection of type ``mlflow``
     :param tracking_uri: overrides the connection's (templated)
+    :param signing_conn_id: connection of type ``model_signing``; the version to go back to then needs a signature
     :return: ``name``, ``version`` (champion now), ``rolled_back``, ``alias``, ``changed``, ``traffic_moved``
     :raises AirflowFailException: there is no previous champion, ``version`` is not the champion, or a rollout is under
         way
@@ -76,6 +77,8 @@ class RollbackOperator(MlflowRollbackOperator):
         with permanent_errors_fail():
             with self.hook.lease(self.model_name):
                 bad, good = self._decided(task_key(context))
+            if not is_blank(self.signing_conn_id):
+                verify_signatures(self.hook, self.model_name, {good: ""})
             if not is_blank(self.reason):
                 client = self.hook.client
                 client.set_model_version_tag(self.model_name, bad, "mlops.rolled_back_reason", str(self.reason))
@@ -94,8 +97,12 @@ class RollbackOperator(MlflowRollbackOperator):
             load_timeout=self.timeout,
         )
         servables = servables_of(self.hook, target, {version: uri})
+        signed = not is_blank(self.signing_conn_id)
         place = RolloutPlace(
-            target, servables, ray_conn_id=self.ray_conn_id, kubernetes_conn_id=self.kubernetes_conn_id
+            with_digests(self.hook, target, self.model_name, {version: uri}, signed=signed),
+            servables,
+            ray_conn_id=self.ray_conn_id,
+            kubernetes_conn_id=self.kubernetes_conn_id,
         )
         async with place.open(worker=True) as (opened, _):
             return await go_back(opened, version, uri, owner, self.timeout)

@@ -3,7 +3,7 @@
 :func:`trace` answers for one version who, when, which code, data, parameters, environment, cost and verdicts;
 :func:`versions_using` goes back from a dataset; :func:`check_data` says whether the data are still those;
 :func:`reproduce` says how to train it again. ``bom`` (CycloneDX), ``card`` (model card), ``openlineage`` and ``audit``
-are modules of their own. Nothing here imports Airflow.
+are modules of their own, and so are ``signing`` and, for pickles, ``sandbox``. Nothing here imports Airflow.
 """
 
 from __future__ import annotations

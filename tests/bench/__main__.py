@@ -9,7 +9,7 @@ import argparse
 import json
 import pathlib
 
-from tests.bench import canary, drift, gate, imports, month, overhead, waiting
+from tests.bench import canary, drift, gate, imports, month, overhead, signing, waiting
 
 PARTS = {
     "imports": imports,
@@ -19,6 +19,7 @@ PARTS = {
     "drift": drift,
     "canary": canary,
     "gate": gate,
+    "signing": signing,
 }
 
 

@@ -19,6 +19,7 @@ from airflow_mlops.rollout.targets.protocol import TargetState
 
 IMPORT_PATH = "airflow_mlops.rollout.targets.ray_serve:build"
 APPLICATIONS = "/api/serve/applications/"
+_EMPTY = {"version": None, "uri": None, "digest": None}
 
 
 def _reason(text: str) -> str:
@@ -148,6 +149,8 @@ class Route:
     :param options: arguments of :func:`airflow_mlops.rollout.targets.ray_serve.build` at that time
     :param startup_timeout: seconds for the first deployment
     :param load_timeout: seconds to load a model into a slot or to change weights
+    :param digests: version to the digest of its files, see :mod:`airflow_mlops.model_files.digest`; a slot that finds
+        another one does not serve it
     """
 
     shadows = True
@@ -163,6 +166,7 @@ class Route:
         options: Mapping[str, Any] | None = None,
         startup_timeout: float = 180.0,
         load_timeout: float = 120.0,
+        digests: Mapping[str, str] | None = None,
     ) -> None:
         self.client = client
         self.name = name
@@ -170,6 +174,7 @@ class Route:
         self.options = dict(options or {})
         self.startup_timeout = startup_timeout
         self.load_timeout = load_timeout
+        self.digests = dict(digests or {})
 
     async def state(self) -> TargetState | None:
         """Where the router sends requests now; None when the route is not deployed."""
@@ -200,7 +205,7 @@ class Route:
             router["token_sha256"] = hashlib.sha256(self.client.token.encode()).hexdigest()
         environment = copy.deepcopy(self.runtime_env)
         environment["env_vars"] = {"OMP_NUM_THREADS": "1", **environment.get("env_vars", {})}
-        first = {"version": version, "uri": uri, "revision": 0}
+        first = {**self._wanted(version, uri), "revision": 0}
         await self.client.put_application(
             {
                 "name": self.name,
@@ -212,7 +217,7 @@ class Route:
                 "deployments": [
                     {"name": "router", "user_config": router},
                     {"name": "slot_a", "user_config": first},
-                    {"name": "slot_b", "user_config": {"version": None, "uri": None, "revision": 0}},
+                    {"name": "slot_b", "user_config": {**_EMPTY, "revision": 0}},
                 ],
             },
             self.startup_timeout,
@@ -258,7 +263,7 @@ class Route:
     async def clean_up(self) -> None:
         """Unload the version that does not serve."""
         slot = _other((await self.report())["stable"])
-        await self._update({f"slot_{slot}": {"version": None, "uri": None}})
+        await self._update({f"slot_{slot}": _EMPTY})
 
     async def config(self) -> dict[str, dict[str, Any]] | None:
         """User configuration by deployment (``router``, ``slot_a``, ``slot_b``); ``None`` when not deployed."""
@@ -268,6 +273,9 @@ class Route:
         config = application["deployed_app_config"]
         return {item["name"]: copy.deepcopy(item.get("user_config") or {}) for item in config["deployments"]}
 
+    def _wanted(self, version: str, uri: str) -> dict[str, Any]:
+        return {"version": version, "uri": uri, "digest": self.digests.get(version)}
+
     async def _without_canary(self) -> dict[str, Any]:
         report = await self.report()
         if report["canary"]:
@@ -276,7 +284,7 @@ class Route:
 
     async def _load(self, slot: str, version: str, uri: str) -> None:
         name = f"slot_{slot}"
-        wanted = (await self._update({name: {"version": version, "uri": uri}}))[name]
+        wanted = (await self._update({name: self._wanted(version, uri)}))[name]
         await self._until(lambda report: self._loaded(report, slot, wanted), self.load_timeout, "loaded")
 
     async def _set_router(self, **changes: Any) -> dict[str, Any]:
@@ -307,6 +315,12 @@ class Route:
             return False
         if held["error"] and not held["ready"]:
             raise InvalidInputError(f"version {held['version']} cannot be loaded from {held['uri']}: {held['error']}")
+        if held["ready"] and wanted.get("digest") and held.get("digest") != wanted["digest"]:
+            raise InvalidInputError(
+                f"slot {slot} serves version {held['version']} with the digest {held.get('digest')}, but "
+                f"{wanted['digest']} was recorded when it was registered; if the slot says none, the route runs an "
+                "older airflow-mlops: delete it from Ray Serve, and the next rollout deploys it anew"
+            )
         return bool(held["ready"])
 
     async def _until(self, reached: Any, timeout: float, what: str) -> dict[str, Any]:

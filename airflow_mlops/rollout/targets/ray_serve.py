@@ -13,6 +13,8 @@ import hashlib
 import logging
 import math
 import os
+import sys
+import tempfile
 import time
 import uuid
 from dataclasses import dataclass
@@ -25,7 +27,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError
+from airflow_mlops.model_files.digest import model_digest
+from airflow_mlops.model_files.formats import check
 from airflow_mlops.rollout.targets.book import SLOTS, Book
+from airflow_mlops.storage import is_local, local_path
 
 log = logging.getLogger("ray.serve")
 #: Calls with copies for a shadow that may be on their way at once: a slow shadow must not fill the router's memory.
@@ -36,7 +41,9 @@ _MOST_COPIES = 64
 class Slot:
     """Holds one model version; another version given by ``user_config`` replaces it without a restart.
 
-    A model that cannot be loaded leaves the slot not ready with the reason, rather than failing the deployment.
+    What it loads is looked at first: its files have to be of the allowed formats, none of them a pickle, and to have
+    the digest of the version, where the configuration says which. A model that cannot be loaded leaves the slot not
+    ready with the reason, rather than failing the deployment.
     """
 
     def __init__(self) -> None:
@@ -48,30 +55,51 @@ class Slot:
         self._config: dict[str, Any] = {}
         self._model: Any = None
         self._error: str | None = None
+        self._digest: str | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def reconfigure(self, config: dict[str, Any]) -> None:
-        """Load ``config["uri"]``, unless it is what is loaded."""
+        """Load ``config["uri"]``, unless it is what is loaded; ``config["digest"]`` is what its files have to have."""
         config = dict(config or {})
-        same = all(config.get(key) == self._config.get(key) for key in ("version", "uri"))
+        same = all(config.get(key) == self._config.get(key) for key in ("version", "uri", "digest"))
         self._config = config
         if same and self._error is None:
             return
-        self._model, self._error = None, None
+        self._model, self._error, self._digest = None, None, None
         if not config.get("uri"):
             return
         try:
-            model = self._load_model(config["uri"])
+            model = self._checked(config)
             self._predict, self._dtypes = _scorer(model)
             self._model = model
         except Exception as error:
             log.exception("cannot load %s", config["uri"])
             self._error = f"{type(error).__name__}: {error}"[:2000]
 
+    def _checked(self, config: dict[str, Any]) -> Any:
+        # A model may read its files while it serves, so they stay as long as it does.
+        self._folder = tempfile.TemporaryDirectory(prefix="slot-")
+        place = _fetch(config["uri"], self._folder.name)
+        check(place)
+        self._digest = model_digest(place)
+        expected = config.get("digest")
+        if expected and self._digest != expected:
+            raise InvalidInputError(
+                f"version {config.get('version')} has the digest {self._digest}, but {expected} was recorded when it "
+                "was registered: its files were changed, added or removed since"
+            )
+        # Bytecode would add files to a model that is used where it lies.
+        sys.dont_write_bytecode = True
+        return self._load_model(place)
+
     def describe(self) -> dict[str, Any]:
-        """Version, URI, readiness and, when the model could not be loaded, why; ``revision`` as for the router."""
+        """Version, URI, digest of what was found there, readiness and, when the model could not be loaded, why;
+        ``revision`` as for the router.
+        """
         return {
             "version": self._config.get("version"),
             "uri": self._config.get("uri"),
+            "digest": self._digest,
             "revision": self._config.get("revision", 0),
             "ready": self._model is not None,
             "error": self._error,
@@ -90,6 +118,21 @@ class Slot:
                 raise ValueError(f"the request lacks the features {missing}")
             frame = frame[list(self._dtypes)].astype(self._dtypes)
         return [float(value) for value in self._predict(frame)], _replica()
+
+
+def _fetch(uri: str, folder: str) -> str:
+    """A local folder with the model: where it lies, or ``folder`` after a download."""
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    if uri.startswith("models:/") and (uri.count("/") > 1 or "@" in uri):
+        client = MlflowClient()
+        # MLflow's own download of such a URI writes a file of its own into the folder.
+        uri = client.get_model_version_download_uri(*get_model_name_and_version(client, uri))
+    if is_local(uri):
+        return local_path(uri)
+    return download_artifacts(artifact_uri=uri, dst_path=folder)
 
 
 def _scorer(model: Any) -> tuple[Any, dict[str, Any]]:
@@ -291,7 +334,7 @@ class Router:
             return await asyncio.wait_for(self._slots[slot].describe.remote(), timeout=5)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"[:500]
-            return {"version": None, "uri": None, "revision": -1, "ready": False, "error": problem}
+            return {"version": None, "uri": None, "digest": None, "revision": -1, "ready": False, "error": problem}
 
     async def _metrics(self, request: Request) -> Response:
         return PlainTextResponse(self._book.prometheus(self._route))

@@ -23,9 +23,10 @@ CONTEXT = {
 
 
 def test_all_but_switches_is_templated(untemplated):
+    trust = {"mlflow_conn_id", "signing_conn_id", "allow_pickle"}
     switches = {"alias", "cluster", "measure_latency", "on_fail", "pass_task_ids", "fail_task_ids"}
-    assert untemplated(ModelGateOperator) == {*switches, "approval_notifiers", "mlflow_conn_id"}
-    assert untemplated(ModelScoreOperator) == {"optional", "mlflow_conn_id"}
+    assert untemplated(ModelGateOperator) == {*switches, *trust, "approval_notifiers"}
+    assert untemplated(ModelScoreOperator) == {"optional", *trust}
 
 
 def test_templates_render_at_every_depth(rendered):

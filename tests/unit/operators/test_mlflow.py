@@ -26,7 +26,8 @@ def register(**changes):
     ],
 )
 def test_all_but_the_connection_and_switches_is_templated(operator, switches, untemplated):
-    assert untemplated(operator) == {"mlflow_conn_id", *switches}
+    # A template must not be what allows a pickle.
+    assert untemplated(operator) == {"mlflow_conn_id", "signing_conn_id", "allow_pickle", *switches}
 
 
 def test_templates_render_at_every_depth(rendered):

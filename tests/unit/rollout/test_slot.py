@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from airflow_mlops.model_files.digest import model_digest
+
 
 @pytest.fixture
 def slot(monkeypatch):
@@ -38,9 +40,40 @@ def test_a_model_in_a_format_of_its_own_is_loaded(slot, tmp_path):
     path = str(tmp_path / "boosted")
     mlflow.xgboost.save_model(booster, path, pip_requirements=["xgboost"])
     slot.reconfigure({"version": "2", "uri": path})
-    assert slot.describe() == {"version": "2", "uri": path, "revision": 0, "ready": True, "error": None}
+    digest = model_digest(path)
+    assert slot.describe() == {
+        "version": "2",
+        "uri": path,
+        "digest": digest,
+        "revision": 0,
+        "ready": True,
+        "error": None,
+    }
     (chance,), replica = slot.predict([{"x": 0.5}])
     assert 0 < chance < 1 and replica == ""
+
+
+def test_only_the_files_that_were_registered_are_served(slot, tmp_path):
+    import mlflow.xgboost
+    import xgboost
+
+    data = xgboost.DMatrix(np.array([[0.0], [1.0]]), [0, 1], feature_names=["x"])
+    booster = xgboost.train({"objective": "binary:logistic"}, data, num_boost_round=1)
+    path = str(tmp_path / "boosted")
+    mlflow.xgboost.save_model(booster, path, pip_requirements=["xgboost"])
+    digest = model_digest(path)
+    slot.reconfigure({"version": "2", "uri": path, "digest": digest})
+    assert slot.describe()["ready"]
+    (tmp_path / "boosted" / "added.txt").write_text("x")
+    slot.reconfigure({"version": "3", "uri": path, "digest": digest})
+    said = slot.describe()
+    assert not said["ready"] and said["digest"] == model_digest(path) != digest
+    assert f"but {digest} was recorded when it was registered" in said["error"]
+    with pytest.raises(RuntimeError, match="no model is loaded"):
+        slot.predict([{"x": 0.5}])
+    (tmp_path / "boosted" / "added.txt").unlink()
+    slot.reconfigure({"version": "3", "uri": path, "digest": digest})
+    assert slot.describe()["ready"]
 
 
 def test_a_model_whose_probabilities_cannot_be_had_is_not_asked_for_its_labels():
