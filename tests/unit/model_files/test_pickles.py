@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from airflow_mlops.exceptions import InvalidInputError
+from airflow_mlops.model_files.formats import check
 from airflow_mlops.provenance.pickles import refuse_convicted, scan
 
 
@@ -76,7 +77,7 @@ GADGETS = {
     "in gzip": gzip.compress(SYSTEM),
     "in npy": objects(),
     "in zip": zipped("weights.bin", SYSTEM),
-    "in zip in zip": zipped("archive/inner.zip", zipped("a.pkl", SYSTEM)),
+    "in zip in gzip": gzip.compress(zipped("a.pkl", SYSTEM)),
     "in torch": zipped("m/data.pkl", SYSTEM),
     "damaged": SYSTEM[:-2],
     "two": pickle.dumps({"a": 1}) + SYSTEM,
@@ -98,6 +99,13 @@ def test_a_gadget_is_convicted_and_named(all_findings, name):
     folder, findings = all_findings
     with pytest.raises(InvalidInputError, match=rf"would run code: {name}\.pkl.*It was not loaded"):
         refuse_convicted(findings[name], str(folder))
+
+
+def test_an_archive_in_an_archive_is_refused_even_where_pickles_are_allowed(model):
+    folder = model("pickled")
+    (folder / "more.pkl").write_bytes(zipped("archive/inner.zip", zipped("a.pkl", SYSTEM)))
+    with pytest.raises(InvalidInputError, match=r"no allowed format: more\.pkl .*inner\.zip"):
+        check(folder, allow_pickle=True)
 
 
 def test_every_scanner_is_on_record(all_findings):

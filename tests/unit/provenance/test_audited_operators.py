@@ -77,5 +77,5 @@ def test_the_record_keeps_where_its_decisions_are_logged(world, log):
 
 
 def test_every_kind_tells_what_was_decided():
-    assert set(DECISIONS) == {"drift", "gate", "register", "canary", "promote", "rollback"}
+    assert set(DECISIONS) == {"drift", "gate", "register", "canary", "promote", "refuse", "rollback"}
     assert all(DECISIONS.values())
