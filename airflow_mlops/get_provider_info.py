@@ -242,6 +242,15 @@ def get_provider_info() -> dict[str, Any]:
                         "example": "https://grafana.example.com/d/ray?var-SessionName={submission_id}",
                         "default": "",
                     },
+                    "signing_conn_id": {
+                        "description": "Connection of type model_signing with which the Dags that come with the "
+                        "provider sign what they register; they then load only versions that it vouches for. If empty, "
+                        "signatures are neither made nor asked for.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "model_signing_default",
+                        "default": "",
+                    },
                     "audit_uri": {
                         "description": "Folder, or s3://bucket/prefix with boto3's own settings, of the append-only "
                         "log of every decision: drift, gate, register, canary, promote, rollback; none if empty. A "

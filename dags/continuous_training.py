@@ -40,6 +40,8 @@ from airflow_mlops.sensors.drift import DriftSensor
 from airflow_mlops.shell import permanent_errors_fail
 
 ROOT = os.path.abspath(os.path.expanduser(conf.get("mlops", "root")))
+# Where a connection is named, what is registered is signed, and nothing unsigned is scored, judged or served.
+SIGNING = conf.get("mlops", "signing_conn_id") or None
 REPOSITORY = os.environ.get("MLOPS_FEATURE_REPO", str(pathlib.Path(__file__).parents[1] / "feature_repo"))
 # feature_store.yaml keeps its registry and its online store below the same folder.
 os.environ["MLOPS_ROOT"] = ROOT
@@ -221,6 +223,7 @@ with DAG(
             window_end=planned["window_end"],
             predictions_uri=planned["predictions_uri"],
             experiment=f"{MODEL}/monitoring",
+            signing_conn_id=SIGNING,
             doc_md="Scores the champion, and the first model of all, on the month once its labels are in.",
         )
         drift = DriftSensor(
@@ -294,6 +297,7 @@ with DAG(
             policy={"metric": "log_loss", "rule": "improvement", "alpha": 0.05, "floors": {"auc": 0.6}},
             report_dir=planned["gate_dir"],
             on_fail="skip",
+            signing_conn_id=SIGNING,
             doc_md="Challenger against champion on the held-out days: a paired test of the log loss, floors, slices.",
         )
 
@@ -307,6 +311,7 @@ with DAG(
             snapshot=snapshot.output,
             window_start=planned["window_start"],
             window_end=planned["window_end"],
+            signing_conn_id=SIGNING,
             doc_md="One version for one training, with the profile of its data, its loss and where it came from.",
         )
         canary = CanaryPromoteOperator(
@@ -323,6 +328,7 @@ with DAG(
             ray_conn_id="ray_default",
             on_rollback="skip",
             deferrable=True,
+            signing_conn_id=SIGNING,
             doc_md="Shifts the traffic step by step, judges both arms at every look, promotes or rolls back.",
         )
 

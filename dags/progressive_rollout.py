@@ -23,6 +23,8 @@ from airflow_mlops.operators.rollback import RollbackOperator
 from airflow_mlops.shell import permanent_errors_fail
 
 ROOT = os.path.abspath(os.path.expanduser(conf.get("mlops", "root")))
+# Where a connection is named, a version without its signature gets no traffic.
+SIGNING = conf.get("mlops", "signing_conn_id") or None
 TARGET = Param(
     None, type=["null", "object"], title="Where traffic is split", section="Place",
     description=(
@@ -120,6 +122,7 @@ with DAG(
         alias="champion",
         report_dir=f"{ROOT}/rollouts",
         experiment="{{ params.model_name }}/rollouts",
+        signing_conn_id=SIGNING,
         deferrable=True,
         retries=3,
         retry_delay=dt.timedelta(seconds=10),
@@ -147,6 +150,7 @@ with DAG(
         version="{{ params.version }}",
         reason="{{ params.reason }}",
         target="{{ params.target }}",
+        signing_conn_id=SIGNING,
         retries=2,
         retry_delay=dt.timedelta(seconds=10),
     )

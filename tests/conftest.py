@@ -50,3 +50,12 @@ def s3(monkeypatch) -> Iterator[Any]:
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def isolation() -> None:
+    """Skips what needs a process that is kept apart, on a machine that cannot do so."""
+    from airflow_mlops.provenance.sandbox import ALL, available
+
+    if missing := sorted(set(ALL) - set(available())):
+        pytest.skip(f"the kernel lacks what keeps {', '.join(missing)} from a process (seccomp, Landlock)")

@@ -46,6 +46,8 @@ _MIN_FREE_GIB = 3.0
 _PYTHONS = ((3, 11), (3, 14))
 # Two cores are shared by every process of the stack; libraries that each start a thread per core only get in
 # each other's way.
+#: Connection with which the stack's Dags sign and verify.
+SIGNING = "model_signing_default"
 _QUIET_AND_SMALL = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -110,16 +112,34 @@ def _installed(distribution: str) -> bool:
 
 
 def load_secrets(root: Path) -> dict[str, str]:
-    """The stack's keys and passwords, made once and kept in ``{root}/secrets.json``, readable by its owner only."""
+    """The stack's keys and passwords, made once and kept in ``{root}/secrets.json``, readable by its owner only.
+
+    An older file gets what it lacks.
+    """
     path = root / "secrets.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    values = {name: secrets.token_hex(64) for name in ("jwt", "api", "ray", "postgres")}
-    values["fernet"] = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w") as file:
-        json.dump(values, file)
+    values: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    makers = {name: lambda: secrets.token_hex(64) for name in ("jwt", "api", "ray", "postgres")}
+    makers |= {"fernet": lambda: base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(), "signing": _signing_key}
+    missing = {name: make() for name, make in makers.items() if name not in values}
+    if missing:
+        values |= missing
+        fresh = path.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            json.dump(values, file)
+        os.replace(fresh, path)
     return values
+
+
+def _signing_key() -> str:
+    """A private key for the signatures of models, PEM."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return key.private_bytes(*form).decode()
 
 
 class Stack:
@@ -287,6 +307,7 @@ class Stack:
         env |= _QUIET_AND_SMALL
         env |= {"MLOPS_ROOT": str(self.project), "AIRFLOW__MLOPS__ROOT": str(self.project)}
         env["AIRFLOW__MLOPS__AUDIT_URI"] = str(self.project / "audit")
+        env["AIRFLOW__MLOPS__SIGNING_CONN_ID"] = SIGNING
         env["MLFLOW_TRACKING_URI"] = self.tracking_uri
         if self.feature_repo is not None:
             env["MLOPS_FEATURE_REPO"] = str(self.feature_repo)
@@ -294,7 +315,11 @@ class Stack:
 
     def _connections(self, keys: dict[str, str]) -> dict[str, str]:
         mlflow = {"conn_type": "mlflow", "extra": {"tracking_uri": self.tracking_uri}}
-        values = {"AIRFLOW_CONN_MLFLOW_DEFAULT": json.dumps(mlflow)}
+        signing = {"conn_type": "model_signing", "password": keys["signing"]}
+        values = {
+            "AIRFLOW_CONN_MLFLOW_DEFAULT": json.dumps(mlflow),
+            f"AIRFLOW_CONN_{SIGNING.upper()}": json.dumps(signing),
+        }
         if self.ray is not None:
             ray = {
                 "conn_type": "ray",

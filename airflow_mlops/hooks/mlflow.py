@@ -449,7 +449,7 @@ class MlflowHook(BaseHook):
         folder = f"{self.client.get_run(found.run_id).info.artifact_uri}/evidence"
         tags = {
             DIGEST: signed.digest,
-            SIGNATURE: write_bytes(f"{folder}/model.sig", signed.content),
+            SIGNATURE: write_bytes(f"{folder}/{found.name}-{found.version}.sig", signed.content),
             SIGNED_BY: signed.signed_by,
         }
         for tag, value in tags.items():

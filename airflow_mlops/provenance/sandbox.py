@@ -185,6 +185,13 @@ class Sandbox:
         return text or "it said nothing"
 
 
+def available() -> tuple[str, ...]:
+    """What can be kept from a process on this machine, of ``network``, ``processes`` and ``files``."""
+    with Sandbox(require=()) as box:
+        box.run("builtins:dict", {})
+        return box.held
+
+
 def _packages() -> list[str]:
     """Where Python finds packages: its own, this one's, and what ``PYTHONPATH`` names; not Airflow's folders."""
     ours = str(Path(__file__).resolve().parents[2])

@@ -13,6 +13,7 @@ import re
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def test_bootstrap_trains_and_serves_the_first_champion(loop: Any, march: str) -
     assert version.tags["mlops.window_start"].startswith("2013-03-01")
     assert version.tags["mlops.window_end"].startswith("2013-04-01")
     assert version.tags["mlops.dataset_md5"].endswith(".dir") and version.tags["mlops.gate"] == "passed"
+    assert version.tags["mlops.signed_by"] and version.tags["mlops.model_digest"].startswith("sha256:")
     for name in ("profile", "loss_reference"):
         assert Path(version.tags[f"mlops.{name}_uri"].removeprefix("file://")).stat().st_size > 100
     assert entry["gate"]["report_uri"].endswith(".html") and Path(entry["gate"]["report_uri"]).exists()
@@ -406,11 +408,32 @@ def users(loop: Any, month: str) -> Iterator[None]:
     assert failed == [0], "no request may fail because of the switch"
 
 
-def test_any_version_goes_out_with_somebodys_approval_and_comes_back(loop: Any, march: str) -> None:
-    client, before = loop.mlflow.client, loop.aliases()["champion"]
-    champion = client.get_model_version(MODEL, before)
-    # The very same model under another number: only a wrong judge would find it worse.
-    twin = str(client.create_model_version(MODEL, champion.source, champion.run_id).version)
+def twin_of_the_champion(loop: Any, monkeypatch: pytest.MonkeyPatch, *, signed: bool = True) -> str:
+    """The champion's very model under another number, as if of another training: only a wrong judge finds it worse."""
+    client = loop.mlflow.client
+    champion = client.get_model_version(MODEL, loop.aliases()["champion"])
+    tags = {"mlops.run_key": f"twin/{uuid.uuid4()}"}
+    twin = str(client.create_model_version(MODEL, champion.source, champion.run_id, tags=tags).version)
+    if signed:
+        variable = "AIRFLOW_CONN_MODEL_SIGNING_DEFAULT"
+        monkeypatch.setenv(variable, loop.stack.env[variable])
+        loop.mlflow.sign_version(MODEL, twin, "model_signing_default")
+    return twin
+
+
+def test_an_unsigned_version_gets_no_traffic(loop: Any, march: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin, before = twin_of_the_champion(loop, monkeypatch, signed=False), loop.route()
+    run_id = loop.trigger({"model_name": MODEL, "version": twin}, "progressive_rollout")
+    assert loop.finished(run_id, dag_id="progressive_rollout")["roll_out"] == "failed"
+    assert loop.task(run_id, "roll_out", "progressive_rollout")["try_number"] == 1, "no retry can sign it"
+    assert f"version {twin} of {MODEL} is not signed" in loop.log(run_id, "roll_out", "progressive_rollout")
+    assert loop.route()["versions"] == before["versions"]
+
+
+def test_any_version_goes_out_with_somebodys_approval_and_comes_back(
+    loop: Any, march: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, before, twin = loop.mlflow.client, loop.aliases()["champion"], twin_of_the_champion(loop, monkeypatch)
     conf = {
         "model_name": MODEL,
         "steps": [{"weight": 50, "approval": True}, 100],
@@ -439,10 +462,9 @@ def test_any_version_goes_out_with_somebodys_approval_and_comes_back(loop: Any, 
     assert client.get_model_version(MODEL, twin).tags["mlops.rolled_back_reason"] == "an exercise"
 
 
-def test_a_rollout_that_somebody_rejects_is_rolled_back(loop: Any, march: str) -> None:
-    client, before = loop.mlflow.client, loop.aliases()["champion"]
-    champion = client.get_model_version(MODEL, before)
-    client.create_model_version(MODEL, champion.source, champion.run_id)
+def test_a_rollout_that_somebody_rejects_is_rolled_back(loop: Any, march: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = loop.aliases()["champion"]
+    twin_of_the_champion(loop, monkeypatch)
     conf = {
         "model_name": MODEL,
         "steps": [{"weight": 50, "approval": True}, 100],

@@ -123,6 +123,13 @@ class TestRegistration:
         assert mlflow_hook.version("late", "1").tags["mlops.signed_by"] == who
         assert len(trusting.predict_proba("models:/late/1", frame)) == 50
 
+    def test_two_versions_of_one_run_have_signatures_of_their_own(self, signed, trusting, mlflow_hook, frame):
+        first = mlflow_hook.version("late", "1")
+        mlflow_hook.client.create_model_version("late", first.source, first.run_id, tags={"mlops.run_key": "another"})
+        mlflow_hook.sign_version("late", "2", SIGNER)
+        for version in ("1", "2"):
+            assert len(trusting.predict_proba(f"models:/late/{version}", frame)) == 50
+
     def test_an_old_version_that_was_changed_is_not_signed(self, register, mlflow_hook):
         register()
         (files_of(mlflow_hook) / "requirements.txt").write_text("other")
@@ -316,6 +323,7 @@ def pickled(tmp_path_factory, mlflow_models):
     return str(folder), model
 
 
+@pytest.mark.usefixtures("isolation")
 class TestPickles:
     def test_one_that_was_allowed_answers_from_a_sandbox(self, register, pickled, mlflow_uri, mlflow_hook, frame):
         folder, model = pickled

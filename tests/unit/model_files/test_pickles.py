@@ -22,6 +22,8 @@ from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.model_files.formats import check
 from airflow_mlops.provenance.pickles import refuse_convicted, scan
 
+pytestmark = pytest.mark.usefixtures("isolation")
+
 
 class Calls:
     """A reducer: unpickling it calls ``function(*arguments)``."""

@@ -12,7 +12,7 @@ from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.provenance import sandbox
 from airflow_mlops.provenance.sandbox import Limits, Sandbox
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="isolation needs Linux")
+pytestmark = pytest.mark.usefixtures("isolation")
 
 TRIES = """
 import json, os, socket, subprocess, threading
