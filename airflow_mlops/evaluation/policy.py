@@ -19,7 +19,7 @@ METHODS = {
     "log_loss": ("t", "permutation", "bootstrap"),
     "brier": ("t", "permutation", "bootstrap"),
     "auc": ("delong", "bootstrap"),
-    "accuracy": ("mcnemar", "permutation", "bootstrap"),
+    "accuracy": ("mcnemar", "permutation"),
     "function": ("permutation", "bootstrap"),
 }
 RULES = ("improvement", "non_inferiority")

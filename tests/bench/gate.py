@@ -26,7 +26,7 @@ TESTS = [
         for days in (True, False)
     ),
     *(("auc", test, days) for test in ("delong", "bootstrap") for days in (True, False)),
-    *(("accuracy", test, days) for test in ("mcnemar", "permutation", "bootstrap") for days in (True, False)),
+    *(("accuracy", test, days) for test in ("mcnemar", "permutation") for days in (True, False)),
     *(("tests.bench.gate:top_decile", test, days) for test in ("permutation", "bootstrap") for days in (True, False)),
 ]
 
