@@ -125,11 +125,11 @@ def _model(record: ModelRecord) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value is not None}
 
 
-def _facet(name: str, **values: Any) -> dict[str, Any]:
+def _facet(name: str, /, **values: Any) -> dict[str, Any]:
     return {"_producer": PRODUCER, "_schemaURL": f"{PRODUCER}#{name}", **values}
 
 
-def _standard(name: str, version: str, **values: Any) -> dict[str, Any]:
+def _standard(name: str, version: str, /, **values: Any) -> dict[str, Any]:
     """A facet of the specification, under its own schema."""
     url = f"{_FACETS}/{version}/{name}Facet.json#/$defs/{name}Facet"
     return {"_producer": PRODUCER, "_schemaURL": url, **values}

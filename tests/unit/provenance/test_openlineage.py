@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,13 @@ def test_it_leads_from_the_data_to_the_version(event, told):
 
 def test_the_same_record_is_the_same_event(event, told):
     assert event_of(told.record) == event
+
+
+def test_a_checkout_with_a_remote_is_the_job_s_source(told):
+    code = {**told.record.code, "repository": "https://git.example.com/ml.git", "revision": "c0ffee"}
+    place = event_of(replace(told.record, code=code))["job"]["facets"]["sourceCodeLocation"]
+    assert (place["type"], place["repoUrl"], place["version"]) == ("git", "https://git.example.com/ml.git", "c0ffee")
+    assert place["_schemaURL"].endswith("SourceCodeLocationJobFacet")
 
 
 def test_a_record_that_knows_nothing_names_no_data():
