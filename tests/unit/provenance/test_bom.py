@@ -100,10 +100,10 @@ def test_the_flights_model_is_complete_to_95(bom):
     assert found.categories | {"external_references": 0} == CATEGORIES | {"external_references": 0}
 
 
-def test_with_a_remote_nothing_is_missing(record):
+def test_a_remote_is_where_the_code_is(record):
     bom = bom_of(replace(record, code={**record.code, "repository": "https://git.example.com/ml.git"}))
     check(bom)
-    assert not completeness(bom).missing
+    assert "vcs" not in completeness(bom).missing
 
 
 def test_a_version_without_documentation_is_not(record):
