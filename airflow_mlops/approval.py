@@ -176,7 +176,7 @@ def said(event: Mapping[str, Any]) -> Said:
     at = event.get("responded_at")
     return Said(
         event["chosen_options"] == [APPROVE],
-        str(read("name") or "a default"),
+        str(read("name") or read("id") or "a default"),
         None if read("id") is None else str(read("id")),
         at.isoformat() if isinstance(at, dt.datetime) else at,
     )

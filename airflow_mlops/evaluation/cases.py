@@ -101,7 +101,10 @@ def _case(name: str, given: Mapping[str, Any]) -> Case:
     for column, value in change.items():
         if isinstance(value, Mapping) and set(value) != {"add"}:
             raise ValueError(f"changes {column} to {dict(value)}; expected a value, or {{'add': number}}")
+    change = {c: {"add": float(v["add"])} if isinstance(v, Mapping) else v for c, v in change.items()}
     same, direction = given.get("same_within"), given.get("direction")
+    if given.get("tolerance") is not None and direction is None:
+        raise ValueError("tolerance goes with direction; same_within and expect have limits of their own")
     said = [bool(expect), same is not None, direction is not None]
     if sum(said) != 1:
         raise ValueError("says nothing or too much; give one of expect, same_within and direction")

@@ -37,6 +37,8 @@ METRICS = {
 }
 #: Share of resamples that a metric must exist on for its interval to be known.
 MIN_KNOWN = 0.9
+#: Of fewer clusters a bootstrap tells nothing: that of one has no width.
+MIN_CLUSTERS = 5
 MISSING = "missing"
 
 
@@ -215,6 +217,8 @@ def _interval(
     else:
         codes = np.unique(cells["cluster"], return_inverse=True)[1]
         clusters = int(codes.max()) + 1
+        if clusters < MIN_CLUSTERS:
+            return None
         drawn = counts * rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=REPLICATES)[:, codes]
     groups = pd.factorize(cells["group"])[0]
     place = (groups * 2 + cells["label"].to_numpy(np.int64)) * 2 + cells["decided"].to_numpy(np.int64)

@@ -75,7 +75,7 @@ def evaluate(
     codes, count = cluster_codes(clusters, len(y))
     given = None if clusters is None else codes
 
-    checks = _enough(policy, y, count, unlabelled, compared=old is not None)
+    checks = _enough(policy, y, given, count, unlabelled, compared=old is not None)
     computable = all(check.passed for check in checks)
     metrics = _metrics(policy, y, old, new, computable)
     checks += _limits(policy, metrics["challenger"])
@@ -184,14 +184,18 @@ def _metrics(policy: GatePolicy, y: Any, old: Floats | None, new: Floats, comput
 
 
 def _enough(
-    policy: GatePolicy, y: npt.NDArray[np.int8], clusters: int, unlabelled: int, *, compared: bool
+    policy: GatePolicy, y: npt.NDArray[np.int8], codes: Any, clusters: int, unlabelled: int, *, compared: bool
 ) -> list[Check]:
     positive = int(y.sum())
     least, why = policy.min_clusters, ""
+    if compared and policy.metric == "auc" and codes is not None:
+        # A pair needs one row of each class: what the test has of the rarer is what counts.
+        clusters = min(len(np.unique(codes[y == label])) for label in (0, 1))
+        why = " with rows of each class"
     if compared and policy.test == "permutation" and 2.0**-least >= policy.alpha:
         # The arms of n clusters can be exchanged in 2^n ways, so no p-value is below 2^-n.
         least = math.floor(-math.log2(policy.alpha)) + 1
-        why = f" for a permutation test at {policy.alpha:g}"
+        why += f" for a permutation test at {policy.alpha:g}"
     share = len(y) / max(len(y) + unlabelled, 1)  # 0 of 0 rows do not hold
     return [
         Check("labelled", share >= policy.min_labelled, f"{share:.1%}", f"at least {policy.min_labelled:.0%}"),

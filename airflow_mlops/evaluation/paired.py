@@ -166,8 +166,9 @@ def auc_gain_bootstrap(
     """The gain in AUC with a bootstrap over whole clusters, percentile interval.
 
     The concordant pairs are counted once for each pair of clusters; a resample then is a quadratic form in how
-    often each cluster was drawn, so that thousands of resamples of millions of rows cost one matrix product.
-    With few clusters its interval is too narrow: evidence beside :func:`auc_gain`, not the test.
+    often each cluster was drawn, so that thousands of resamples of millions of rows cost one matrix product. Resamples
+    without a row of either class are left out. With few clusters its interval is too narrow: evidence beside
+    :func:`auc_gain`, not the test.
     """
     rng = rng or np.random.default_rng(0)
     codes, count = cluster_codes(clusters, len(champion))

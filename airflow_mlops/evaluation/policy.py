@@ -168,6 +168,11 @@ class GatePolicy:
                 f"a permutation tests that the arms can be exchanged, which says nothing of a margin in {self.metric}; "
                 "use method='bootstrap' with a margin"
             )
+        if self.test == "permutation" and self.alpha * (self.replicates + 1) <= 1:
+            raise InvalidInputError(
+                f"{self.replicates} permutations give no p-value below {1 / (self.replicates + 1):.2g}, so nothing "
+                f"could pass at alpha={self.alpha:g}; set replicates to more than {1 / self.alpha:.0f}"
+            )
 
     @property
     def test(self) -> str:

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
-from airflow_mlops.exceptions import ConcurrentChangeError
+from typing import Any
+
+from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError
 from airflow_mlops.hooks.mlflow import MlflowHook, alias_tag
+
+#: Tag of a version that was taken back, with the task that did so.
+ROLLED_BACK = "mlops.rolled_back"
+
+
+def refuse_rolled_back(version: Any) -> None:
+    """Refuse a ``ModelVersion`` that was taken back once, until somebody allows it again.
+
+    :raises InvalidInputError: it was
+    """
+    if ROLLED_BACK in version.tags:
+        raise InvalidInputError(
+            f"{version.name} version {version.version} was rolled back; delete its tag {ROLLED_BACK!r} to allow it"
+        )
 
 
 def holder_of(hook: MlflowHook, name: str, alias: str) -> str | None:

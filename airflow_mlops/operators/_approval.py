@@ -109,8 +109,13 @@ def gate_question(result: Mapping[str, Any], task: str) -> tuple[str, str, Any]:
         subject = f"The challenger {word} {task} {against}. Overrule the gate?"
     body = "\n\n".join([f"Challenger: {_code(result.get('challenger_uri'))}", verdict_text(result)])
     # Times differ between two tries of one decision.
-    facts = {key: result.get(key) for key in ("passed", "challenger_uri", "champion_uri", "champion_version", "rows")}
-    facts["metrics"] = result.get("metrics")
+    told = ("passed", "challenger_uri", "challenger_digest", "champion_uri", "champion_version", "rows")
+    facts = {key: result.get(key) for key in told}
+    # So do the last digits on another machine.
+    facts["metrics"] = {
+        arm: {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in (found or {}).items()}
+        for arm, found in (result.get("metrics") or {}).items()
+    }
     facts["checks"] = [[check["name"], check["passed"], check["limit"]] for check in result.get("checks") or ()]
     return subject, body, facts
 

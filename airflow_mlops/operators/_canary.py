@@ -10,7 +10,7 @@ from airflow_mlops import storage
 from airflow_mlops.approval import stored
 from airflow_mlops.exceptions import ConcurrentChangeError
 from airflow_mlops.hooks.mlflow import MlflowHook
-from airflow_mlops.operators._alias import compare_and_set, holder_of
+from airflow_mlops.operators._alias import compare_and_set, holder_of, move_alias, refuse_rolled_back
 
 if TYPE_CHECKING:
     from airflow_mlops.rollout.controller import Answer
@@ -41,7 +41,9 @@ class ChampionAlias:
         """Refuse a rollout that was decided against another champion, before any traffic moves.
 
         :raises ConcurrentChangeError: neither champion nor challenger has the alias
+        :raises InvalidInputError: the challenger was rolled back before
         """
+        refuse_rolled_back(self.hook.version(self.model, self.version))
         current = holder_of(self.hook, self.model, self.alias)
         if current not in (self.expected, self.version):
             raise ConcurrentChangeError(
@@ -59,7 +61,11 @@ class ChampionAlias:
     def take_back(self) -> None:
         """Give it back to the champion, where an earlier try had moved it before it died."""
         if self.expected and holder_of(self.hook, self.model, self.alias) == self.version:
-            self._set(self.expected, self.version)
+            with self.hook.lease(self.model):
+                move_alias(self.hook, self.model, self.alias, self.expected, keep=(self.previous_alias, None))
+                if holder_of(self.hook, self.model, self.previous_alias) == self.expected:
+                    # The way back must not lead to where the champion is already.
+                    self.hook.client.delete_registered_model_alias(self.model, self.previous_alias)
 
     def _set(self, version: str, expected: str | None) -> None:
         with self.hook.lease(self.model):

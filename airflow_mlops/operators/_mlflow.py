@@ -30,6 +30,8 @@ class MlflowBaseOperator(BaseOperator):
     :param allow_pickle: this model may be a pickle: it is then scanned, and loaded in a sandbox only
     """
 
+    model_name: Any
+
     def __init__(
         self,
         *,
@@ -55,3 +57,8 @@ class MlflowBaseOperator(BaseOperator):
             signing_conn_id=self.signing_conn_id,
             allow_pickle=self.allow_pickle is True,
         )
+
+    def _verify(self, version: str) -> None:
+        """Check the signature of a version of ``model_name``, where one is asked for."""
+        if not is_blank(self.signing_conn_id):
+            self.hook.models.open(f"models:/{self.model_name}/{version}")

@@ -9,7 +9,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError, RegistryError
 from airflow_mlops.hooks._models import ALLOW_PICKLE, DIGEST, RUN_KEY, SIGNATURE, SIGNED_BY, findings_of
-from airflow_mlops.operators._alias import compare_and_set, move_alias, to_move
+from airflow_mlops.operators._alias import ROLLED_BACK, compare_and_set, move_alias, refuse_rolled_back, to_move
 from airflow_mlops.operators._approval import ApprovalMixin
 from airflow_mlops.operators._audit import audited
 from airflow_mlops.operators._mlflow import MlflowBaseOperator, task_key
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 # Rows of a training set from which the types of its columns are told.
 SCHEMA_ROWS = 100
-ROLLED_BACK = "mlops.rolled_back"
 # Artifact stores that only an MLflow server can read.
 SERVER_ONLY = ("mlflow-artifacts:", "dbfs:", "databricks:")
 
@@ -162,12 +161,14 @@ class MlflowRegisterOperator(MlflowBaseOperator):
         self.evidence_uri = evidence_uri
         self.alias = alias
         self._findings: list[dict[str, Any]] = []
+        # A gate that was skipped must not look like none.
+        self._gate_given = gate is not None
 
     def execute(self, context: Context) -> dict[str, Any]:
         with permanent_errors_fail(), self.hook.answering():
             papers = self._papers(context)
             known = self.hook.versions_tagged(self.model_name, RUN_KEY, papers.key)
-            version, created = (known[0], False) if known else self._create(papers)
+            version, created = (_judged(known[0], papers), False) if known else self._create(papers)
             self._set_alias(version)
             uri = f"models:/{self.model_name}/{version.version}"
             self.log.info("%s %s for run %s", "registered" if created else "found", uri, papers.key)
@@ -189,6 +190,8 @@ class MlflowRegisterOperator(MlflowBaseOperator):
                 f"model_name is {self.model_name!r} and the model's URI {model_uri!r}; both are needed (a loop "
                 "that saves no MLflow model has model_uri null in its result)"
             )
+        if self._gate_given and not gate:
+            raise InvalidInputError("gate is empty after templating: did the gate run? Leave it out if there is none")
         if gate and gate.get("passed") is not True:
             raise InvalidInputError(f"the gate did not pass: {'; '.join(gate.get('reasons') or ['no verdict'])}")
         key = next((k for k in (self.run_key, training.get("run_key")) if not is_blank(k)), task_key(context))
@@ -227,6 +230,7 @@ class MlflowRegisterOperator(MlflowBaseOperator):
         metrics, parameters = as_mapping(self.metrics, "metrics"), as_mapping(self.parameters, "parameters")
         record(client, run, papers, metrics, parameters)
         client.log_artifacts(run.info.run_id, model_dir, "model")
+        _only_these(client, run.info.run_id, model_dir)
         client.set_terminated(run.info.run_id, "FINISHED")
         told = self.description
         if is_blank(told):
@@ -324,6 +328,32 @@ class MlflowRegisterOperator(MlflowBaseOperator):
         holder = self.hook.version_by_alias(self.model_name, str(self.alias), missing_ok=True)
         if holder is None or int(holder.version) < int(version.version):
             self.hook.client.set_registered_model_alias(self.model_name, self.alias, version.version)
+
+
+def _judged(version: Any, papers: Papers) -> Any:
+    """The version that the training made before, if it holds what this gate has judged."""
+    judged, kept = papers.gate.get("challenger_digest"), version.tags.get(DIGEST)
+    if kept and not is_blank(judged) and kept != judged:
+        raise InvalidInputError(
+            f"the run {papers.key} made version {version.version} before, with the digest {kept}, but the gate judged "
+            f"{judged}: another model. Give the training that made it a run_key of its own."
+        )
+    return version
+
+
+def _only_these(client: Any, run_id: str, model_dir: str) -> None:
+    """Refuse a run whose folder ``model`` holds files of another try besides those of ``model_dir``."""
+    from airflow_mlops.model_files.digest import files_of
+
+    found, folders = set(), ["model"]
+    while folders:
+        for entry in client.list_artifacts(run_id, folders.pop()):
+            folders.append(entry.path) if entry.is_dir else found.add(entry.path.removeprefix("model/"))
+    if further := sorted(found - set(files_of(model_dir))):
+        raise InvalidInputError(
+            f"the MLflow run {run_id} holds {further[:3]} of another model that an earlier try left there; delete the "
+            "folder model of the run's artifacts, or give another run_key"
+        )
 
 
 class MlflowPromoteOperator(ApprovalMixin, MlflowBaseOperator):
@@ -427,10 +457,8 @@ class MlflowPromoteOperator(ApprovalMixin, MlflowBaseOperator):
     def _target(self, version: str) -> Any:
         """The version to promote; one that was rolled back is none."""
         target = self.hook.version(self.model_name, version)
-        if ROLLED_BACK in target.tags:
-            raise InvalidInputError(
-                f"{self.model_name} version {version} was rolled back; delete its tag {ROLLED_BACK!r} to allow it"
-            )
+        refuse_rolled_back(target)
+        self._verify(version)
         return target
 
     def _promote(self, context: Context, version: str, expected: str | None, answer: Said | None) -> dict[str, Any]:
@@ -532,4 +560,5 @@ class MlflowRollbackOperator(MlflowBaseOperator):
                 f"version {self.version} is not the {self.alias} of {self.model_name}, {champion.version} is; nothing "
                 "was changed"
             )
+        self._verify(str(previous.version))
         return str(champion.version), str(previous.version)

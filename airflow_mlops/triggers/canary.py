@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from airflow.sdk.exceptions import AirflowRuntimeError
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_mlops.approval import stored
@@ -105,7 +106,12 @@ class CanaryTrigger(BaseTrigger):
             raise _PersonWantedError(verdict)
         if answered or self.ti_id is None:
             return None
-        said = await asyncio.to_thread(stored, self.ti_id)
+        try:
+            said = await asyncio.to_thread(stored, self.ti_id)
+        except AirflowRuntimeError as error:
+            # The rollout goes on without the API server, and the next look asks again.
+            self.log.warning("whether somebody has answered cannot be told: %s", error)
+            return None
         return Answer(verdict.step, said.approved, said.by) if said else None
 
     async def on_kill(self) -> None:
