@@ -112,23 +112,16 @@ def _installed(distribution: str) -> bool:
 
 
 def load_secrets(root: Path) -> dict[str, str]:
-    """The stack's keys and passwords, made once and kept in ``{root}/secrets.json``, readable by its owner only.
-
-    An older file gets what it lacks.
-    """
+    """The stack's keys and passwords, made once and kept in ``{root}/secrets.json``, readable by its owner only."""
     path = root / "secrets.json"
-    values: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    makers = {name: lambda: secrets.token_hex(64) for name in ("jwt", "api", "ray", "postgres")}
-    makers |= {"fernet": lambda: base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(), "signing": _signing_key}
-    missing = {name: make() for name, make in makers.items() if name not in values}
-    if missing:
-        values |= missing
-        fresh = path.with_suffix(".new")
-        fresh.unlink(missing_ok=True)
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            json.dump(values, file)
-        os.replace(fresh, path)
+    if path.exists():
+        return json.loads(path.read_text())
+    values = {name: secrets.token_hex(64) for name in ("jwt", "api", "ray", "postgres")}
+    values["fernet"] = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+    values["signing"] = _signing_key()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        json.dump(values, file)
     return values
 
 
@@ -307,7 +300,6 @@ class Stack:
         env |= _QUIET_AND_SMALL
         env |= {"MLOPS_ROOT": str(self.project), "AIRFLOW__MLOPS__ROOT": str(self.project)}
         env["AIRFLOW__MLOPS__AUDIT_URI"] = str(self.project / "audit")
-        env["AIRFLOW__MLOPS__SIGNING_CONN_ID"] = SIGNING
         env["MLFLOW_TRACKING_URI"] = self.tracking_uri
         if self.feature_repo is not None:
             env["MLOPS_FEATURE_REPO"] = str(self.feature_repo)
@@ -315,11 +307,12 @@ class Stack:
 
     def _connections(self, keys: dict[str, str]) -> dict[str, str]:
         mlflow = {"conn_type": "mlflow", "extra": {"tracking_uri": self.tracking_uri}}
-        signing = {"conn_type": "model_signing", "password": keys["signing"]}
-        values = {
-            "AIRFLOW_CONN_MLFLOW_DEFAULT": json.dumps(mlflow),
-            f"AIRFLOW_CONN_{SIGNING.upper()}": json.dumps(signing),
-        }
+        values = {"AIRFLOW_CONN_MLFLOW_DEFAULT": json.dumps(mlflow)}
+        # A folder from before there were signatures holds unsigned versions, and goes on without.
+        if "signing" in keys:
+            signing = {"conn_type": "model_signing", "password": keys["signing"]}
+            values[f"AIRFLOW_CONN_{SIGNING.upper()}"] = json.dumps(signing)
+            values["AIRFLOW__MLOPS__SIGNING_CONN_ID"] = SIGNING
         if self.ray is not None:
             ray = {
                 "conn_type": "ray",

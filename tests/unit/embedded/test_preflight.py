@@ -94,13 +94,15 @@ def test_secrets_are_made_once_and_only_for_their_owner(tmp_path: Path) -> None:
     assert len(set(first.values())) == len(first)
 
 
-def test_an_older_stack_gets_the_secrets_it_lacks_and_keeps_its_own(tmp_path: Path) -> None:
+def test_an_older_stack_whose_versions_are_unsigned_goes_on_without_signatures(tmp_path: Path) -> None:
+    whole = stack.Stack(tmp_path, dags_folder=tmp_path, with_ray=False)
     (tmp_path / "secrets.json").write_text('{"postgres": "mine"}')
-    keys = stack.load_secrets(tmp_path)
-    assert keys["postgres"] == "mine" and "PRIVATE KEY" in keys["signing"]
-    assert keys == stack.load_secrets(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["secrets.json"]
-    assert stat.S_IMODE((tmp_path / "secrets.json").stat().st_mode) == 0o600
+    old = whole._connections(stack.load_secrets(tmp_path))
+    assert not [name for name in old if "SIGNING" in name]
+    (tmp_path / "secrets.json").unlink()
+    new = whole._connections(stack.load_secrets(tmp_path))
+    assert new["AIRFLOW__MLOPS__SIGNING_CONN_ID"] == "model_signing_default"
+    assert "PRIVATE KEY" in json.loads(new["AIRFLOW_CONN_MODEL_SIGNING_DEFAULT"])["password"]
 
 
 def test_tasks_get_the_stack_and_nothing_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +111,7 @@ def test_tasks_get_the_stack_and_nothing_of_another_one(tmp_path: Path, monkeypa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://production")
     monkeypatch.setenv("PYTHONPATH", "/mine")
     whole = stack.Stack(tmp_path, dags_folder=tmp_path, feature_repo=tmp_path / "repo", with_ray=False)
-    env = whole._base_env() | whole._connections({"ray": "token", "signing": "key"})
+    env = whole._base_env() | whole._connections({"ray": "token"})
     assert "RAY_ADDRESS" not in env and "AIRFLOW_CONN_RAY_DEFAULT" not in env
     assert env["PYTHONPATH"] == "/mine"
     assert env["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
