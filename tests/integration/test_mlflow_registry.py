@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from airflow_mlops import storage
 from airflow_mlops.drift import LossReference, Profile
 from airflow_mlops.drift.performance import CalibratedEstimate
-from airflow_mlops.exceptions import RegistryError
+from airflow_mlops.exceptions import InvalidInputError, RegistryError
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.operators.mlflow import MlflowPromoteOperator, MlflowRegisterOperator, MlflowRollbackOperator
 
@@ -394,3 +394,29 @@ class TestRollback:
         with pytest.raises(AirflowFailException, match="version 1 is not the champion"):
             rollback(version="1")
         assert alias(mlflow_hook) == "2"
+
+
+class TestCanaryAlias:
+    """What a rollout does to the alias, and when it does not begin."""
+
+    @pytest.fixture
+    def champion(self, register, mlflow_hook):
+        from airflow_mlops.operators._canary import ChampionAlias
+
+        for key in ("run-a", "run-b", "run-c"):
+            register(key)
+        mlflow_hook.client.set_registered_model_alias("late", "champion", "2")
+        mlflow_hook.client.set_registered_model_alias("late", "previous_champion", "1")
+        return ChampionAlias(mlflow_hook, "late", "champion", "previous_champion", version="3", expected="2")
+
+    def test_a_challenger_taken_back_is_not_the_way_back(self, champion, mlflow_hook):
+        champion.move()
+        assert (alias(mlflow_hook), alias(mlflow_hook, "previous_champion")) == ("3", "2")
+        champion.take_back()
+        assert (alias(mlflow_hook), alias(mlflow_hook, "previous_champion")) == ("2", None)
+
+    def test_what_was_rolled_back_gets_no_canary(self, champion, mlflow_hook):
+        champion.check()
+        mlflow_hook.client.set_model_version_tag("late", "3", "mlops.rolled_back", "by hand")
+        with pytest.raises(InvalidInputError, match="late version 3 was rolled back; delete its tag"):
+            champion.check()

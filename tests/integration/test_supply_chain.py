@@ -23,7 +23,7 @@ from airflow_mlops.hooks.signing import SigningHook
 from airflow_mlops.model_files.digest import model_digest
 from airflow_mlops.operators.canary import CanaryPromoteOperator
 from airflow_mlops.operators.gate import ModelGateOperator, ModelScoreOperator
-from airflow_mlops.operators.mlflow import MlflowRegisterOperator
+from airflow_mlops.operators.mlflow import MlflowPromoteOperator, MlflowRegisterOperator, MlflowRollbackOperator
 from airflow_mlops.operators.rollback import RollbackOperator
 
 SIGNER, OTHER = "signer", "other_signer"
@@ -122,6 +122,34 @@ class TestRegistration:
         who = mlflow_hook.sign_version("late", "1", SIGNER)
         assert mlflow_hook.version("late", "1").tags["mlops.signed_by"] == who
         assert len(trusting.predict_proba("models:/late/1", frame)) == 50
+
+    def test_a_run_key_does_not_return_other_files_than_were_judged(self, signed, register):
+        with pytest.raises(AirflowFailException, match=r"made version 1 before, .* but the gate judged sha256:other"):
+            register(signing_conn_id=SIGNER, gate={"passed": True, "challenger_digest": "sha256:other"})
+
+    def test_files_that_an_earlier_try_left_are_named(self, register, mlflow_hook, tmp_path):
+        run = mlflow_hook.run_for_key("late", "run-a")
+        (tmp_path / "model.other").write_text("x")
+        mlflow_hook.client.log_artifact(run.info.run_id, str(tmp_path / "model.other"), "model")
+        with pytest.raises(AirflowFailException, match=r"holds \['model.other'\] of another model"):
+            register()
+        assert mlflow_hook.newest_version("late") is None
+
+    def test_what_is_unsigned_is_neither_promoted_nor_gone_back_to(
+        self, register, mlflow_uri, task_context, mlflow_hook
+    ):
+        register()
+        register("run-b", signing_conn_id=SIGNER)
+        options = {"model_name": "late", "tracking_uri": mlflow_uri, "signing_conn_id": SIGNER}
+        promote = MlflowPromoteOperator(task_id="promote", version="1", expected_version="", **options)
+        with pytest.raises(AirflowFailException, match="version 1 of late is not signed"):
+            promote.execute(task_context("promote"))
+        mlflow_hook.client.set_registered_model_alias("late", "champion", "2")
+        mlflow_hook.client.set_registered_model_alias("late", "previous_champion", "1")
+        back = MlflowRollbackOperator(task_id="back", **options)
+        with pytest.raises(AirflowFailException, match="version 1 of late is not signed"):
+            back.execute(task_context("back"))
+        assert mlflow_hook.version("late", "2").tags.get("mlops.rolled_back") is None
 
     def test_two_versions_of_one_run_have_signatures_of_their_own(self, signed, trusting, mlflow_hook, frame):
         first = mlflow_hook.version("late", "1")

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from airflow_mlops.evaluation import GatePolicy, evaluate
+from airflow_mlops.evaluation import GatePolicy, evaluate, fairness
 from airflow_mlops.evaluation.fairness import METRICS as METRICS_OF_TABLES
 from airflow_mlops.evaluation.fairness import assess, by_tables
 from airflow_mlops.evaluation.rules import fairness_rules
@@ -104,6 +104,15 @@ def test_to_be_shown_is_more_than_to_be_found():
     assert set(failed(judge(rule={"metrics": limits, "require": "shown"}))) == set(limits)
     wide = {"demographic_parity_difference": 0.5}
     assert failed(judge(rule={"metrics": wide, "require": "shown"})) == {}
+
+
+def test_one_day_s_interval_is_not_no_interval_at_all():
+    label, probability, group, _ = world()
+    rule = {"column": "sex", "metrics": {"demographic_parity_difference": 0.5}, "require": "shown"}
+    for days, passes in ((np.zeros(ROWS, int), False), (np.arange(ROWS) % 12, True)):
+        (found,) = assess(fairness_rules(rule), label, probability, {"sex": group}, days)
+        (check,) = fairness.checks([found])
+        assert (found["interval"] is not None, check.passed) == (passes, passes)
 
 
 def test_what_cannot_be_told_does_not_pass():

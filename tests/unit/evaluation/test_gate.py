@@ -399,3 +399,18 @@ class TestPolicy:
     def test_what_makes_no_rule_is_refused(self, value, message):
         with pytest.raises(InvalidInputError, match=message):
             GatePolicy.from_json(value)
+
+
+def test_a_class_on_one_day_alone_decides_nothing_by_auc():
+    """Ten days, but every pair has its positive on the first: that is one independent unit."""
+    rng = np.random.default_rng(0)
+    day = np.repeat(np.arange(10), 100)
+    label = ((day == 0) & (rng.random(1000) < 0.5)).astype(int)
+    arms = rng.random((2, 1000))
+    verdict = evaluate(label, *arms, clusters=day, policy=GatePolicy(metric="auc"))
+    assert "clusters: 1; required: at least 5 with rows of each class" in verdict.reasons
+
+
+def test_permutations_too_few_for_alpha_are_refused():
+    with pytest.raises(InvalidInputError, match=r"2000 permutations give no p-value below 0\.0005.*more than 2500"):
+        GatePolicy(method="permutation", alpha=0.0004, replicates=2000).validate()

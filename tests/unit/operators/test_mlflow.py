@@ -75,6 +75,14 @@ def test_what_is_not_registered_is_said(changes, message):
 
 
 @pytest.mark.parametrize("blank", ["", "None", None])
+def test_a_gate_that_was_skipped_is_not_none(blank):
+    operator = register(gate="{{ ti.xcom_pull('gate') }}")
+    operator.gate = blank
+    with pytest.raises(AirflowFailException, match="gate is empty after templating: did the gate run"):
+        operator.execute(CONTEXT)
+
+
+@pytest.mark.parametrize("blank", ["", "None", None])
 def test_nothing_is_promoted_without_a_version(blank):
     with pytest.raises(AirflowFailException, match="version is empty; give the number"):
         MlflowPromoteOperator(task_id="p", model_name="late", version=blank, expected_version="").execute(CONTEXT)

@@ -9,6 +9,8 @@ import uuid
 
 import pytest
 from airflow.sdk.api.datamodels._generated import HITLDetailResponse
+from airflow.sdk.exceptions import AirflowRuntimeError, ErrorType
+from airflow.sdk.execution_time.comms import ErrorResponse
 
 from airflow_mlops.rollout.judge import APPROVE, Verdict
 from airflow_mlops.rollout.spec import RolloutSpec
@@ -95,3 +97,13 @@ async def test_an_answer_that_came_before_the_task_was_deferred_is_found(monkeyp
     waiting = CanaryTrigger(**arguments(), asked=2, ti_id=ti_id)
     answer = await waiting._ask(Verdict(APPROVE, 50, 2, 7, []))
     assert (answer and (answer.step, answer.approved, answer.by)) == found
+
+
+async def test_an_api_server_that_is_away_does_not_end_the_rollout(monkeypatch):
+    class Away:
+        def send(self, msg):
+            raise AirflowRuntimeError(ErrorResponse(error=ErrorType.API_SERVER_ERROR, detail={"status_code": 502}))
+
+    monkeypatch.setattr("airflow.sdk.execution_time.task_runner.SUPERVISOR_COMMS", Away(), raising=False)
+    waiting = CanaryTrigger(**arguments(), asked=2, ti_id=str(uuid.uuid4()))
+    assert await waiting._ask(Verdict(APPROVE, 50, 2, 7, [])) is None
