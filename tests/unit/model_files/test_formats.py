@@ -90,6 +90,13 @@ class TestAllowed:
         lightgbm.train({"objective": "binary", "verbose": -1}, data, 2).save_model(tmp_path / "any.name")
         assert formats(tmp_path) == {"any.name": "lightgbm-text"}
 
+    @pytest.mark.parametrize(
+        "words", [b"carrier\norigin\ndest\n", b"cat\ndog\nbird\n", b"iata\nicao\n", b"cos\nsin\ntan\n"]
+    )
+    def test_a_list_of_words_that_reads_like_a_pickle(self, tmp_path, words):
+        (tmp_path / "features.txt").write_bytes(words)
+        assert formats(tmp_path) == {"features.txt": "text"}
+
     def test_safetensors(self, tmp_path):
         from safetensors.numpy import save_file
 
@@ -107,13 +114,15 @@ class TestAllowed:
         with pytest.raises(InvalidInputError, match=r"takes weights from '\.\./\.\./etc/passwd', outside"):
             inspect(tmp_path)
 
-    def test_onnx_as_mlflow_saves_it_with_weights_beside_it(self, tmp_path):
-        pytest.importorskip("onnx")
-        import mlflow.onnx
-
-        mlflow.onnx.save_model(adds_weights(), tmp_path / "m", save_as_external_data=True, pip_requirements=[])
-        assert sorted(set(formats(tmp_path / "m").values())) == ["mlmodel", "onnx", "onnx-weights", "text"]
-        check(tmp_path / "m")
+    def test_onnx_with_weights_beside_it_that_mlflow_loads_as_such(self, tmp_path):
+        onnx = pytest.importorskip("onnx")
+        onnx.save(adds_weights(), str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.onnx.data")
+        (tmp_path / "MLmodel").write_text("flavors: {python_function: {loader_module: mlflow.onnx}}")
+        assert {file.path: file.format for file in check(tmp_path)} == {
+            "MLmodel": "mlmodel",
+            "m.onnx": "onnx",
+            "m.onnx.data": "onnx-weights",
+        }
 
     @pytest.mark.torch
     def test_torch_weights_and_programs(self, tmp_path):
@@ -129,6 +138,8 @@ class TestAllowed:
 PICKLES = {
     **{f"protocol {n}": bomb(n) for n in range(6)},
     "protocol 0, damaged after the call": bomb(0)[:-1] + b"\xff",
+    "a call of what is not installed": b"cnowhere\nrun\n(S'x'\ntR.",
+    "an import": b"cantigravity\nfly\n.",
     "builtins": pickle.dumps(Calls(builtins.eval, "1")),
     "getattr": pickle.dumps(Calls(getattr, Calls(__import__, "os"), "system")),
     "runpy": pickle.dumps(Calls(runpy.run_path, "/x")),
