@@ -16,7 +16,6 @@ from typing import Any
 
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, MlopsError
 
-
 #: A scheme that needs no host, as of ``models:/name/3``; a drive of Windows has one letter.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
