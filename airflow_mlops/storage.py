@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +16,18 @@ from typing import Any
 
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, MlopsError
 
+#: A scheme that needs no host, as of ``models:/name/3``; a drive of Windows has one letter.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
 
 def is_local(uri: str) -> bool:
-    """Whether ``uri`` names a file of this machine."""
-    return "://" not in uri or uri.startswith("file://")
+    """Whether ``uri`` names a file of this machine; ``models:/...`` and ``mlflow-artifacts:/...`` do not."""
+    return uri.startswith("file:/") or ("://" not in uri and not _SCHEME.match(uri))
 
 
 def local_path(uri: str) -> str:
     """The path behind a local ``uri``."""
-    return uri.removeprefix("file://")
+    return uri.removeprefix("file:" if uri.startswith("file:/") and not uri.startswith("file://") else "file://")
 
 
 def join(uri: str, *parts: str) -> str:
@@ -59,6 +63,11 @@ def filesystem(uri: str) -> tuple[Any, str]:
     """
     import fsspec
 
+    if not is_local(uri) and "://" not in uri:
+        # To fsspec it is a path, below whatever folder the process is in.
+        raise InvalidInputError(
+            f"{uri} is an address that only MLflow can resolve; expected a path, or a URI such as s3://bucket/key"
+        )
     try:
         return fsspec.core.url_to_fs(local_path(uri) if is_local(uri) else uri)
     except (ImportError, ValueError) as error:

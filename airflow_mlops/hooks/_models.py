@@ -90,6 +90,7 @@ class Models:
         found = self._hook.version(name, version)
         folder = self._hook.model_dir(uri)
         recorded, signed_by = found.tags.get(DIGEST), None
+        expected = recorded
         if self._signing_conn_id:
             digest, signed_by = self._verify(found, folder, what)
             if recorded and recorded != digest:
@@ -97,13 +98,14 @@ class Models:
                     f"{what} carries the digest {recorded} as tag {DIGEST!r}, but {digest} was signed; somebody "
                     "changed the tag. Register the model again from its training."
                 )
+            expected = digest
         elif recorded:
             from airflow_mlops.model_files.digest import check_digest
 
             check_digest(folder, recorded, what)
         allowed = self._allow_pickle and found.tags.get(ALLOW_PICKLE) == "true"
         opened = self._look(what, folder, allowed)
-        if recorded and opened.digest != recorded:
+        if expected and opened.digest != expected:
             raise InvalidInputError(f"{what} at {folder} changed while it was checked; see who else writes there")
         return OpenedModel(opened.folder, opened.digest, opened.files, signed_by)
 

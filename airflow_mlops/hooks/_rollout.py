@@ -106,29 +106,31 @@ def servables_of(mlflow: MlflowHook, target: Mapping[str, Any], models: Mapping[
 
 
 def with_digests(
-    mlflow: MlflowHook, target: Mapping[str, Any], model: str, models: Mapping[str, str], *, signed: bool
+    mlflow: MlflowHook,
+    target: Mapping[str, Any],
+    models: Mapping[str, str],
+    verified: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """``target`` with the digests that the versions were registered with, where its slots check them: on Ray Serve.
+    """``target`` with the digests that its slots are to find, where they check them: on Ray Serve.
 
-    :param models: version to its folder or URI; blank ones are left out, and so are folders that no registry knows
-    :param signed: signatures are asked for, so that a version without a digest is refused
-    :raises InvalidInputError: a version has none and ``signed``
+    :param models: version to its folder or URI; blank ones are left out, and so is what is no version of a registered
+        model
+    :param verified: of :func:`verify_signatures`; None where no signatures are asked for: what was recorded when the
+        versions that the URIs name were registered
     :raises RegistryError: there is no such version
     """
     if target.get("kind") != RAY_SERVE:
         return dict(target)
-    digests = {}
-    for version, uri in models.items():
-        if not version or not (signed or _registered(mlflow, uri)):
-            continue
-        digest = mlflow.models.digest_of(model, version)
-        if digest:
-            digests[version] = digest
-        elif signed:
-            raise InvalidInputError(
-                f"version {version} of {model} has no digest on record; register it with signing_conn_id"
-            )
-    return {**target, "digests": digests}
+    digests = dict(verified or {})
+    if verified is None:
+        for version, uri in models.items():
+            if not version or not _registered(mlflow, uri):
+                continue
+            # What the rollout calls the version may be a label of its own.
+            name, number = mlflow.resolve(uri)
+            if number is not None and (digest := mlflow.models.digest_of(name, number)):
+                digests[version] = digest
+    return {**target, "digests": digests, "require_digest": verified is not None}
 
 
 def _registered(mlflow: MlflowHook, uri: str) -> bool:
@@ -142,12 +144,15 @@ def _registered(mlflow: MlflowHook, uri: str) -> bool:
         return False
 
 
-def verify_signatures(mlflow: MlflowHook, model: str, models: Mapping[str, str]) -> None:
+def verify_signatures(mlflow: MlflowHook, model: str, models: Mapping[str, str]) -> dict[str, str]:
     """Check digest, signature and formats of the versions that traffic may go to, before any does.
 
     :param models: version to its folder or URI; blank ones are left out
+    :return: version to the digest that was signed
     :raises InvalidInputError: one is unsigned, or not what was signed
     """
-    for version, uri in models.items():
-        if version:
-            mlflow.models.open_version(model, version, uri or f"models:/{model}/{version}")
+    return {
+        version: mlflow.models.open_version(model, version, uri or f"models:/{model}/{version}").digest
+        for version, uri in models.items()
+        if version
+    }

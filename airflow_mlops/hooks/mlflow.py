@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _ENVIRONMENT = threading.RLock()
 LEASE_SECONDS = 60.0
 LEASE_SETTLE_SECONDS = 1.0
+#: Where artifacts lie that only MLflow's own server reads and writes.
+SERVER_ONLY = ("mlflow-artifacts:", "dbfs:", "databricks:")
 # Errors of MLflow that say that the request, not the server, is wrong.
 REFUSALS = frozenset(
     {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "PERMISSION_DENIED"}
@@ -424,13 +426,15 @@ class MlflowHook(BaseHook):
         """
         return self.models.predict_proba(uri, frame, features)
 
-    def sign_version(self, name: str, version: str, signing_conn_id: str) -> str:
+    def sign_version(self, name: str, version: str, signing_conn_id: str, *, evidence_uri: str | None = None) -> str:
         """Sign a version that was registered without a signature, as its files are now; returns who signed.
 
         For versions from before signatures were asked for: it vouches for files that nobody has watched since.
 
+        :param evidence_uri: folder for the signature, which every worker can read; None: the artifacts of its run
         :raises InvalidInputError: its files are not those that were registered, where that is on record; it was not
-            registered by ``MlflowRegisterOperator``; a later version repeats its training
+            registered by ``MlflowRegisterOperator``; a later version repeats its training; only MLflow's server reads
+            the artifacts of its run, and there is no ``evidence_uri``
         """
         from airflow_mlops.hooks.signing import SigningHook
 
@@ -441,15 +445,20 @@ class MlflowHook(BaseHook):
                 f"version {version} of {name} is not the first of its training (tag {RUN_KEY!r} is {key!r}); register "
                 "it with MlflowRegisterOperator"
             )
+        folder = evidence_uri or f"{self.client.get_run(found.run_id).info.artifact_uri}/evidence"
+        if folder.startswith(SERVER_ONLY):
+            raise InvalidInputError(
+                f"the artifacts of this MLflow are at {folder}, which only its server can read; give evidence_uri, a "
+                "folder that every worker can read"
+            )
         uri = f"models:/{name}/{version}"
         opened = Models(self, allow_pickle=True).open(uri)
         signed = SigningHook(signing_conn_id).sign(opened.folder, name, key)
         if signed.digest != opened.digest:
             raise InvalidInputError(f"{uri} changed while it was signed; see who else writes to {opened.folder}")
-        folder = f"{self.client.get_run(found.run_id).info.artifact_uri}/evidence"
         tags = {
             DIGEST: signed.digest,
-            SIGNATURE: write_bytes(f"{folder}/{found.name}-{found.version}.sig", signed.content),
+            SIGNATURE: write_bytes(f"{folder.rstrip('/')}/{found.name}-{found.version}.sig", signed.content),
             SIGNED_BY: signed.signed_by,
         }
         for tag, value in tags.items():

@@ -31,6 +31,7 @@ HOW_TO_STORE = (
     "MLflow model from code. Where this model has to be a pickle, say so with allow_pickle=True."
 )
 PICKLE, PYTHON, TEXT, JSON, DESCRIPTION = "pickle", "python", "text", "json", "mlmodel"
+DESCRIPTION_NAME = "MLmodel"
 #: Loader of an MLflow model to the prefixes that the class of its model may have; what it loads besides is in files.
 _LOADERS: Mapping[str, tuple[str, ...]] = {
     "mlflow.xgboost": ("xgboost.",),
@@ -80,9 +81,11 @@ def inspect(folder: str | Path) -> tuple[ModelFile, ...]:
     root = Path(folder)
     found, unknown = [], []
     paths = files_of(root)
-    weights = {name for path in paths for name in _external(root, path)}
+    # Any file may say that it is ONNX and call its neighbours weights; it is heard where MLflow loads them as such.
+    onnx = DESCRIPTION_NAME not in paths or _loader(_yaml(root / DESCRIPTION_NAME)) == "mlflow.onnx"
+    weights = {name for path in paths for name in _external(root, path)} if onnx else set()
     for path in paths:
-        if path in weights:
+        if path in weights and _only_weights(root / path):
             found.append(ModelFile(path, "onnx-weights"))
             continue
         try:
@@ -110,7 +113,7 @@ def check(folder: str | Path, *, allow_pickle: bool = False) -> tuple[ModelFile,
     if pickles and not allow_pickle:
         raise InvalidInputError(f"the model in {folder} is pickled ({'; '.join(pickles[:3])}). {HOW_TO_STORE}")
     for file in files:
-        if file.format == DESCRIPTION and file.path == "MLmodel":
+        if file.path == DESCRIPTION_NAME:
             check_description(_yaml(Path(folder) / file.path), f"{folder}/MLmodel", allow_pickle=bool(pickles))
     return files
 
@@ -161,7 +164,9 @@ def _file(root: Path, path: str) -> ModelFile:
             return ModelFile(path, name)
     text = _text(full)
     if text is None:
-        if not head.startswith(b"\x93NUMPY") and is_pickle(full.read_bytes()[:_MOST_PICKLE]):
+        with full.open("rb") as file:
+            start = file.read(_MOST_PICKLE)
+        if not head.startswith(b"\x93NUMPY") and is_pickle(start):
             return ModelFile(path, PICKLE, "a pickle of protocol 1")
         looks = "an array of numpy" if head.startswith(b"\x93NUMPY") else f"starts with {head[:8]!r}"
         raise _Unknown(looks)
@@ -229,14 +234,14 @@ def _safetensors(full: Path, head: bytes) -> bool:
         try:
             header = json.loads(file.read(length))
             spans = sorted(tuple(item["data_offsets"]) for name, item in header.items() if name != "__metadata__")
+            end = 0
+            for start, stop in spans:
+                # Holes and overlaps are where a second format would hide.
+                if start != end or stop < start:
+                    return False
+                end = stop
         except (ValueError, KeyError, TypeError, AttributeError):
             return False
-    end = 0
-    for start, stop in spans:
-        # Holes and overlaps are where a second format would hide.
-        if start != end or stop < start:
-            return False
-        end = stop
     return end == size - 8 - length
 
 
@@ -290,6 +295,25 @@ def _external(root: Path, path: str) -> set[str]:
     return found
 
 
+def _only_weights(full: Path) -> bool:
+    """Whether nothing but numbers can be in a file that an ONNX model calls its weights."""
+    if full.name == DESCRIPTION_NAME or full.suffix.lower() in _PICKLE_SUFFIXES:
+        return False
+    with full.open("rb") as file:
+        head = file.read(_HEAD)
+    if head.startswith(b"PK\x03\x04") or _pickle(full, head):
+        return False
+    text = _text(full)
+    return text is None or not is_pickle(text.encode())
+
+
+def _loader(mlmodel: Any) -> Any:
+    """What MLflow loads a model with, by its ``MLmodel``; None where that does not say."""
+    flavors = mlmodel.get("flavors") if isinstance(mlmodel, Mapping) else None
+    function = flavors.get("python_function") if isinstance(flavors, Mapping) else None
+    return function.get("loader_module") if isinstance(function, Mapping) else None
+
+
 def _lightgbm(full: Path, head: bytes) -> bool:
     if not head.startswith(b"tree\nversion=v"):
         return False
@@ -316,7 +340,7 @@ def _text(full: Path) -> str | None:
 
 
 def _kind_of_text(full: Path, text: str) -> str:
-    if full.name == "MLmodel":
+    if full.name == DESCRIPTION_NAME:
         _yaml(full)
         return DESCRIPTION
     if full.suffix == ".py":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import pickletools
 import re
+import sys
 
 #: Instructions that look a name up; a pickle without any of them makes plain values only.
 _BY_NAME, _BY_STACK = frozenset({"GLOBAL", "INST"}), frozenset({"STACK_GLOBAL", "EXT1", "EXT2", "EXT4"})
+#: Instructions that begin the arguments of a call.
+_ARGUMENTS = frozenset({"MARK", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"})
 _NAME = re.compile(r"[\w.]+ [\w.]+")
 #: What PyTorch's own restricted unpickler builds tensors of; none of it takes a name or code as its argument.
 _TENSORS = re.compile(
@@ -23,20 +27,33 @@ def is_pickle(content: bytes) -> bool:
     """Whether ``content`` starts as a pickle of protocol 2 or newer, or is one of an older protocol that acts.
 
     Old pickles are plain text, so they are told by being read, up to an instruction that looks a name up. Damage after
-    it does not make a file harmless: what comes before the damage runs.
+    it does not make a file harmless: what comes before the damage runs. A list of words may look names up, too
+    (``carrier``, ``origin``); it acts only if there is such a name here, or if arguments for a call were made.
     """
     if content[:1] == b"\x80" and len(content) > 1 and content[1] <= 8:
         return True
-    acting = False
+    acting = named = calls = False
     try:
         for opcode, argument, _ in pickletools.genops(io.BytesIO(content[:_MOST_TEXT])):
-            named = opcode.name in _BY_NAME and _NAME.fullmatch(str(argument)) is not None
-            acting = acting or named or opcode.name in _BY_STACK
+            calls = calls or opcode.name in _ARGUMENTS
+            if opcode.name in _BY_NAME and _NAME.fullmatch(str(argument)):
+                named, acting = True, acting or _exists(*str(argument).split(" "))
+            acting = acting or (named and calls) or opcode.name in _BY_STACK
             if opcode.name == "STOP":
                 return acting
     except Exception:  # whatever a damaged one raises
         return acting
     return acting
+
+
+def _exists(module: str, attribute: str) -> bool:
+    """Whether looking a name up does more here than fail; nothing is imported to know."""
+    if known := sys.modules.get(module):
+        return attribute.split(".")[0] in vars(known) or "__getattr__" in vars(known)
+    try:
+        return importlib.util.find_spec(module.split(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def globals_of(content: bytes) -> tuple[str, ...]:

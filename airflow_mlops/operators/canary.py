@@ -202,8 +202,6 @@ class CanaryPromoteOperator(BaseOperator):
             spec, place, champion = self._spec(context), self._place(), self._champion()
             if champion:
                 champion.check()
-            if not is_blank(self.signing_conn_id):
-                verify_signatures(self._mlflow(), text(self.model_name), self._models())
             before = _stored(context)
             if self.deferrable:
                 self._defer(spec, place, before=before)
@@ -212,10 +210,25 @@ class CanaryPromoteOperator(BaseOperator):
             self._running = None
             return self._conclude(context, result)
 
-    def execute_complete(self, context: Context, event: dict[str, Any], asked: int | None = None) -> dict[str, Any]:
-        """Take over from the trigger, or from the person who was asked about step ``asked``."""
+    def execute_complete(
+        self,
+        context: Context,
+        event: dict[str, Any],
+        asked: int | None = None,
+        target: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Take over from the trigger, or from the person who was asked about step ``asked``.
+
+        :param target: as it was before, with the digests that were verified then
+        """
         with permanent_errors_fail():
-            spec, place = self._spec(context), self._place()
+            if event.get("status") == "error":
+                # First of all: what is asked of a registry below may fail, too, and hide it.
+                _store(context, event.get("kept"))
+                if event["retryable"]:
+                    raise ExternalSystemError(event["error"])
+                raise AirflowFailException(event["error"])
+            spec, place = self._spec(context), self._place(target)
             if "chosen_options" in event:
                 answer = said(event)
                 self.log.info("%s by %s", "approved" if answer.approved else "rejected", answer.by)
@@ -226,11 +239,6 @@ class CanaryPromoteOperator(BaseOperator):
                 # Somebody may answer before Airflow knows that the task waits, so the trigger looks for it, too.
                 ti_id = str(context["ti"].id)
                 self._defer(spec, place, before=_stored(context), asked=event["step"], ti_id=ti_id)
-            if event["status"] == "error":
-                _store(context, event.get("kept"))
-                if event["retryable"]:
-                    raise ExternalSystemError(event["error"])
-                raise AirflowFailException(event["error"])
             result = event["result"]
             if self._champion():
                 result = asyncio.run(self._settle_on(place, spec, result))
@@ -246,7 +254,8 @@ class CanaryPromoteOperator(BaseOperator):
 
     def _defer(self, spec: RolloutSpec, place: RolloutPlace, **known: Any) -> NoReturn:
         trigger = CanaryTrigger(spec=spec.to_json(), place=place.to_json(), finishing=self._champion() is None, **known)
-        self.defer(trigger=trigger, method_name="execute_complete", kwargs={"asked": known.get("asked")})
+        kept = {"asked": known.get("asked"), "target": dict(place.target)}
+        self.defer(trigger=trigger, method_name="execute_complete", kwargs=kept)
 
     async def _roll_out(
         self, context: Context, place: RolloutPlace, spec: RolloutSpec, before: Mapping[str, Any] | None
@@ -319,19 +328,28 @@ class CanaryPromoteOperator(BaseOperator):
             text(self.stable_version) or None,
         )
 
-    def _place(self) -> RolloutPlace:
-        target = structure(self.target, "target") or ray_serve_target(
-            text(self.route) or text(self.model_name),
-            self.serve_url,
-            runtime_env=self.runtime_env,
-            tracking_uri=self.mlflow_tracking_uri,
-            options=self.serve_options,
-            startup_timeout=self.startup_timeout,
-            load_timeout=self.load_timeout,
+    def _place(self, known: Mapping[str, Any] | None = None) -> RolloutPlace:
+        """Where traffic is split, once the versions are verified; ``known`` if they were before the task waited."""
+        target = (
+            known
+            or structure(self.target, "target")
+            or ray_serve_target(
+                text(self.route) or text(self.model_name),
+                self.serve_url,
+                runtime_env=self.runtime_env,
+                tracking_uri=self.mlflow_tracking_uri,
+                options=self.serve_options,
+                startup_timeout=self.startup_timeout,
+                load_timeout=self.load_timeout,
+            )
         )
-        mlflow, models, signed = self._mlflow(), self._models(), not is_blank(self.signing_conn_id)
+        mlflow, models = self._mlflow(), self._models()
+        if known is None:
+            signed = not is_blank(self.signing_conn_id)
+            verified = verify_signatures(mlflow, text(self.model_name), models) if signed else None
+            target = with_digests(mlflow, target, models, verified)
         return RolloutPlace(
-            target=with_digests(mlflow, target, text(self.model_name), models, signed=signed),
+            target=target,
             servables=servables_of(mlflow, target, models),
             evidence=evidence(self.evidence),
             ray_conn_id=self.ray_conn_id,

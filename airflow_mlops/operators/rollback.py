@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from airflow_mlops.exceptions import ConcurrentChangeError
 from airflow_mlops.hooks._rollout import RolloutPlace, servables_of, verify_signatures, with_digests
 from airflow_mlops.hooks.ray_serve import RayServeHook
 from airflow_mlops.operators._mlflow import task_key
 from airflow_mlops.operators._rollout import ray_serve_target, structure, text
-from airflow_mlops.operators.mlflow import MlflowRollbackOperator
+from airflow_mlops.operators.mlflow import ROLLED_BACK, MlflowRollbackOperator
 from airflow_mlops.shell import is_blank, permanent_errors_fail
 
 if TYPE_CHECKING:
@@ -75,18 +76,31 @@ class RollbackOperator(MlflowRollbackOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Traffic, then the alias."""
         with permanent_errors_fail():
-            with self.hook.lease(self.model_name):
-                bad, good = self._decided(task_key(context))
+            key = task_key(context)
+            # Before the champion is marked as bad, and outside the lease, which a download may outlast.
+            aim, digests = self._aim(key), None
             if not is_blank(self.signing_conn_id):
-                verify_signatures(self.hook, self.model_name, {good: ""})
+                digests = verify_signatures(self.hook, self.model_name, {aim: ""})
+            with self.hook.lease(self.model_name):
+                if (now := self._aim(key)) != aim:
+                    raise ConcurrentChangeError(
+                        f"version {now} of {self.model_name} became the one to go back to while {aim} was checked; "
+                        "nothing was changed, clear this task to go back to it"
+                    )
+                bad, good = self._decided(key)
             if not is_blank(self.reason):
                 client = self.hook.client
                 client.set_model_version_tag(self.model_name, bad, "mlops.rolled_back_reason", str(self.reason))
-            moved = asyncio.run(self._move_traffic(good, f"rollback/{task_key(context)}"))
+            moved = asyncio.run(self._move_traffic(good, f"rollback/{key}", digests))
             self.log.info("all traffic of %s goes to version %s", self.model_name, good)
         return {**super().execute(context), "traffic_moved": moved}
 
-    async def _move_traffic(self, version: str, owner: str) -> bool:
+    def _aim(self, key: str) -> str:
+        """The version to return to, without a word on record."""
+        begun = self.hook.versions_tagged(self.model_name, ROLLED_BACK, key)
+        return begun[0].tags["mlops.rolled_back_to"] if begun else self._plan()[1]
+
+    async def _move_traffic(self, version: str, owner: str, digests: Mapping[str, str] | None) -> bool:
         from airflow_mlops.rollout.controller import go_back
 
         uri = f"models:/{self.model_name}/{version}"
@@ -97,9 +111,8 @@ class RollbackOperator(MlflowRollbackOperator):
             load_timeout=self.timeout,
         )
         servables = servables_of(self.hook, target, {version: uri})
-        signed = not is_blank(self.signing_conn_id)
         place = RolloutPlace(
-            with_digests(self.hook, target, self.model_name, {version: uri}, signed=signed),
+            with_digests(self.hook, target, {version: uri}, digests),
             servables,
             ray_conn_id=self.ray_conn_id,
             kubernetes_conn_id=self.kubernetes_conn_id,

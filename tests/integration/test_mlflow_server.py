@@ -17,10 +17,12 @@ from types import SimpleNamespace
 import pytest
 import requests
 from airflow.sdk.exceptions import AirflowFailException
+from cryptography.hazmat.primitives import serialization as pem
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from airflow_mlops import storage
 from airflow_mlops.embedded.processes import free_port
-from airflow_mlops.exceptions import ExternalSystemError
+from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError
 from airflow_mlops.hooks.mlflow import MlflowHook
 from airflow_mlops.operators.mlflow import MlflowPromoteOperator, MlflowRegisterOperator, MlflowRollbackOperator
 
@@ -199,3 +201,34 @@ def test_a_registry_that_is_down_is_named_and_worth_a_retry(kind, task_context, 
 def test_what_the_registry_refuses_is_not_tried_again(server, task_context, mlflow_models):
     with pytest.raises(AirflowFailException, match="MLflow refuses it: "):
         registration(server, task_context, "a/b", mlflow_models.good)()
+
+
+def test_a_model_that_only_the_server_can_read_is_fetched_by_hook_and_slot_and_signed_elsewhere(
+    server, hook, task_context, mlflow_models, monkeypatch, tmp_path
+):
+    from airflow_mlops.model_files.digest import model_digest
+    from airflow_mlops.rollout.targets.ray_serve import Slot
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    key = ec.generate_private_key(ec.SECP256R1())
+    text = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption()).decode()
+    monkeypatch.setenv("AIRFLOW_CONN_SIGNER", json.dumps({"conn_type": "model_signing", "password": text}))
+    run = hook.client.create_run(hook.client.create_experiment("kept"))
+    hook.client.log_artifacts(run.info.run_id, mlflow_models.good, "model")
+    uri, digest = f"runs:/{run.info.run_id}/model", model_digest(mlflow_models.good)
+    assert hook.artifact_location(uri).startswith("mlflow-artifacts:/")
+    hook.client.create_registered_model("kept")
+    tags = {"mlops.run_key": "k", "mlops.model_digest": digest}
+    hook.client.create_model_version("kept", hook.artifact_location(uri), run.info.run_id, tags=tags)
+    for place in (uri, "models:/kept/1"):
+        assert model_digest(hook.model_dir(place)) == digest
+        slot = Slot.func_or_class()
+        slot.reconfigure({"version": "1", "uri": place, "digest": digest})
+        assert slot.describe()["ready"], slot.describe()["error"]
+    with pytest.raises(InvalidInputError, match="only its server can read; give evidence_uri"):
+        hook.sign_version("kept", "1", "signer")
+    assert not list(tmp_path.iterdir())
+    hook.sign_version("kept", "1", "signer", evidence_uri=f"{tmp_path}/evidence/")
+    assert hook.version("kept", "1").tags["mlops.signature_uri"] == f"{tmp_path}/evidence/kept-1.sig"
+    assert MlflowHook(tracking_uri=server, signing_conn_id="signer").models.open("models:/kept/1").digest == digest

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -317,13 +317,71 @@ class TestCanary:
     def test_the_digests_go_to_ray_serve(self, signed, register, mlflow_hook, trusting, mlflow_models):
         target = {"kind": "ray_serve", "name": "late"}
         digest = mlflow_hook.version("late", "1").tags["mlops.model_digest"]
-        found = with_digests(mlflow_hook, target, "late", {"1": "models:/late/1", "": ""}, signed=False)
-        assert found == {**target, "digests": {"1": digest}}
-        folder = with_digests(mlflow_hook, target, "late", {"7": mlflow_models.good}, signed=False)
-        assert folder["digests"] == {}
+        found = with_digests(mlflow_hook, target, {"1": "models:/late/1", "": ""})
+        assert found == {**target, "digests": {"1": digest}, "require_digest": False}
+        assert with_digests(mlflow_hook, target, {"7": mlflow_models.good})["digests"] == {}
+        verified = verify_signatures(trusting, "late", {"1": "models:/late/1", "": ""})
+        assert verified == {"1": digest}
+        mlflow_hook.client.set_model_version_tag("late", "1", "mlops.model_digest", "sha256:" + 64 * "0")
+        asked = with_digests(mlflow_hook, target, {"1": "models:/late/1"}, verified)
+        assert asked == {**target, "digests": {"1": digest}, "require_digest": True}
+
+    def test_names_that_are_labels_only(self, signed, mlflow_hook, mlflow_models):
+        digest = mlflow_hook.version("late", "1").tags["mlops.model_digest"]
+        logged = mlflow_hook.client.create_logged_model(experiment_id="0")
+        models = {"v7": "models:/late/1", "v8": f"models:/{logged.model_id}"}
+        assert with_digests(mlflow_hook, {"kind": "ray_serve"}, models)["digests"] == {"v7": digest}
+
+    def test_a_task_that_waited_keeps_the_digests_that_were_verified(
+        self, signed, mlflow_uri, mlflow_hook, task_context
+    ):
+        digest = mlflow_hook.version("late", "1").tags["mlops.model_digest"]
+        canary = CanaryPromoteOperator(
+            task_id="canary",
+            model_name="late",
+            version="1",
+            model_uri="models:/late/1",
+            mlflow_tracking_uri=mlflow_uri,
+            signing_conn_id=SIGNER,
+            deferrable=True,
+        )
+        context = task_context("canary")
+        context["ti"].id = "0198"
+        with pytest.raises(TaskDeferred) as first:
+            canary.execute(context)
+        mlflow_hook.client.set_model_version_tag("late", "1", "mlops.model_digest", "sha256:" + 64 * "0")
+        answer = {"chosen_options": ["Approve"], "responded_by_user": {"id": "1", "name": "ann"}, "status": "done"}
+        with pytest.raises(TaskDeferred) as second:
+            canary.execute_complete(context, answer, **first.value.kwargs)
+        for deferred in (first, second):
+            target = deferred.value.trigger.serialize()[1]["place"]["target"]
+            assert (target["digests"], target["require_digest"]) == ({"1": digest}, True)
+        with pytest.raises(AirflowFailException, match="somebody changed the tag"):
+            canary.execute_complete(context, answer)
+
+    def test_a_rollback_to_an_unsigned_version_marks_nothing(self, register, mlflow_uri, mlflow_hook, task_context):
+        register("run-a")
+        register("run-b", signing_conn_id=SIGNER)
+        for alias, version in (("champion", "2"), ("previous_champion", "1")):
+            mlflow_hook.client.set_registered_model_alias("late", alias, version)
+        back = RollbackOperator(task_id="back", model_name="late", tracking_uri=mlflow_uri, signing_conn_id=SIGNER)
+        with pytest.raises(AirflowFailException, match="version 1 of late is not signed"):
+            back.execute(task_context("back"))
+        tags = mlflow_hook.version("late", "2").tags
+        assert not [tag for tag in tags if tag.startswith("mlops.rolled_back")]
+
+    def test_files_that_change_after_their_signature_was_read(self, signed, trusting, mlflow_hook, monkeypatch):
         mlflow_hook.client.delete_model_version_tag("late", "1", "mlops.model_digest")
-        with pytest.raises(InvalidInputError, match="has no digest on record"):
-            with_digests(mlflow_hook, target, "late", {"1": "models:/late/1"}, signed=True)
+        verify = SigningHook.verify
+
+        def then_changed(*arguments):
+            found = verify(*arguments)
+            add(mlflow_hook, None)
+            return found
+
+        monkeypatch.setattr(SigningHook, "verify", then_changed)
+        with pytest.raises(InvalidInputError, match="changed while it was checked"):
+            trusting.load("models:/late/1")
 
     def test_the_folder_that_will_be_served_is_the_one_that_is_verified(self, signed, trusting, mlflow_models):
         verify_signatures(trusting, "late", {"1": mlflow_models.good})

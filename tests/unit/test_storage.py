@@ -6,10 +6,10 @@ import os
 import pytest
 
 from airflow_mlops import storage
-from airflow_mlops.exceptions import ExternalSystemError
+from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError
 
 
-@pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
+@pytest.mark.parametrize("scheme", ["", "file:", "file://", "memory://"])
 def test_what_is_written_is_read_and_listed(tmp_path, scheme):
     folder = f"{scheme}{tmp_path}/a"
     storage.write_json(storage.join(folder, "b", "x.json"), {"n": 1})
@@ -59,3 +59,25 @@ def test_an_object_store_is_asked_again_for_what_others_have_written(s3):
     s3.put_object(Bucket="runs", Key="w/2.json", Body=b"{}")
     assert storage.list_files("s3://runs/w", ".json") == ["s3://runs/w/1.json", "s3://runs/w/2.json"]
     assert storage.exists("s3://runs/w/2.json") and storage.read_json("s3://runs/w/1.json") == {"n": 1}
+
+
+@pytest.mark.parametrize("uri", ["/a/b", "a/b", "./a:b/c", "C:/a", "file:/a", "file:///a", "a b:/c"])
+def test_what_lies_on_this_machine(uri):
+    assert storage.is_local(uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["models:/late/3", "models:/m-0123", "runs:/0123/model", "mlflow-artifacts:/0/a", "dbfs:/a"],
+)
+def test_what_only_mlflow_can_resolve_is_no_folder_of_the_process(uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not storage.is_local(uri)
+    for use in (lambda: storage.write_bytes(f"{uri}/x", b""), lambda: storage.read_bytes(uri)):
+        with pytest.raises(InvalidInputError, match="only MLflow can resolve"):
+            use()
+    assert not os.listdir(tmp_path)
+
+
+def test_a_chain_of_filesystems_is_no_path():
+    assert not storage.is_local("simplecache::s3://runs/a")

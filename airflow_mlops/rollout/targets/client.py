@@ -10,6 +10,7 @@ import asyncio
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from airflow_mlops.rollout.targets.protocol import TargetState
 
 IMPORT_PATH = "airflow_mlops.rollout.targets.ray_serve:build"
 APPLICATIONS = "/api/serve/applications/"
+log = logging.getLogger(__name__)
 _EMPTY = {"version": None, "uri": None, "digest": None}
 
 
@@ -151,6 +153,7 @@ class Route:
     :param load_timeout: seconds to load a model into a slot or to change weights
     :param digests: version to the digest of its files, see :mod:`airflow_mlops.model_files.digest`; a slot that finds
         another one does not serve it
+    :param require_digest: refuse slots that do not report what they found, as those of an older package do not
     """
 
     shadows = True
@@ -167,6 +170,7 @@ class Route:
         startup_timeout: float = 180.0,
         load_timeout: float = 120.0,
         digests: Mapping[str, str] | None = None,
+        require_digest: bool = False,
     ) -> None:
         self.client = client
         self.name = name
@@ -175,6 +179,7 @@ class Route:
         self.startup_timeout = startup_timeout
         self.load_timeout = load_timeout
         self.digests = dict(digests or {})
+        self.require_digest = require_digest
 
     async def state(self) -> TargetState | None:
         """Where the router sends requests now; None when the route is not deployed."""
@@ -308,14 +313,20 @@ class Route:
         await self.client.put_application(config)
         return {item["name"]: item["user_config"] for item in config["deployments"] if item["name"] in changes}
 
-    @staticmethod
-    def _loaded(report: Mapping[str, Any], slot: str, wanted: Mapping[str, Any]) -> bool:
+    def _loaded(self, report: Mapping[str, Any], slot: str, wanted: Mapping[str, Any]) -> bool:
         held = report["slots"][slot]
         if held["revision"] < wanted["revision"] or held["version"] != wanted["version"]:
             return False
         if held["error"] and not held["ready"]:
             raise InvalidInputError(f"version {held['version']} cannot be loaded from {held['uri']}: {held['error']}")
-        if held["ready"] and wanted.get("digest") and held.get("digest") != wanted["digest"]:
+        if held["ready"] and wanted.get("digest") and "digest" not in held and not self.require_digest:
+            log.warning(
+                "slot %s of the route %s does not say what files it serves: it runs an older airflow-mlops. Delete the "
+                "application from Ray Serve, and the next rollout deploys it anew",
+                slot,
+                self.name,
+            )
+        elif held["ready"] and wanted.get("digest") and held.get("digest") != wanted["digest"]:
             raise InvalidInputError(
                 f"slot {slot} serves version {held['version']} with the digest {held.get('digest')}, but "
                 f"{wanted['digest']} was recorded when it was registered; if the slot says none, the route runs an "

@@ -126,10 +126,13 @@ def _fetch(uri: str, folder: str) -> str:
     from mlflow.artifacts import download_artifacts
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-    if uri.startswith("models:/") and (uri.count("/") > 1 or "@" in uri):
+    if uri.startswith("models:/"):
         client = MlflowClient()
         # MLflow's own download of such a URI writes a file of its own into the folder.
-        uri = client.get_model_version_download_uri(*get_model_name_and_version(client, uri))
+        if uri.count("/") > 1 or "@" in uri:
+            uri = client.get_model_version_download_uri(*get_model_name_and_version(client, uri))
+        else:
+            uri = client.get_logged_model(uri.removeprefix("models:/")).artifact_location
     if is_local(uri):
         return local_path(uri)
     return download_artifacts(artifact_uri=uri, dst_path=folder)

@@ -59,6 +59,22 @@ def objects() -> bytes:
     return saved(np.save, np.array([Calls(os.system, "true")], dtype=object))
 
 
+def adds_weights(*names: str):
+    """An ONNX model; with names, one that says that its weights are in these files."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    values = numpy_helper.from_array(np.random.default_rng(0).random(5000).astype("float32"), "w")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [5000]) for name in "xy"]
+    outside = []
+    for name in names:
+        tensor = TensorProto(name=f"in {name}", data_type=TensorProto.FLOAT, dims=[1])
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=name)
+        outside.append(tensor)
+    node = helper.make_node("Add", ["x", "w"], ["y"])
+    return helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], [values, *outside]))
+
+
 class TestAllowed:
     def test_models_as_mlflow_saves_them(self, model):
         assert formats(model("ubj"))["model.ubj"] == "xgboost-ubjson"
@@ -74,6 +90,13 @@ class TestAllowed:
         lightgbm.train({"objective": "binary", "verbose": -1}, data, 2).save_model(tmp_path / "any.name")
         assert formats(tmp_path) == {"any.name": "lightgbm-text"}
 
+    @pytest.mark.parametrize(
+        "words", [b"carrier\norigin\ndest\n", b"cat\ndog\nbird\n", b"iata\nicao\n", b"cos\nsin\ntan\n"]
+    )
+    def test_a_list_of_words_that_reads_like_a_pickle(self, tmp_path, words):
+        (tmp_path / "features.txt").write_bytes(words)
+        assert formats(tmp_path) == {"features.txt": "text"}
+
     def test_safetensors(self, tmp_path):
         from safetensors.numpy import save_file
 
@@ -82,12 +105,7 @@ class TestAllowed:
 
     def test_onnx_and_its_weights(self, tmp_path):
         onnx = pytest.importorskip("onnx")
-        from onnx import TensorProto, helper, numpy_helper
-
-        values = numpy_helper.from_array(np.random.default_rng(0).random(5000).astype("float32"), "w")
-        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [5000]) for name in "xy"]
-        graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [values])
-        made = helper.make_model(graph)
+        made = adds_weights()
         onnx.save(made, str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.weights")
         assert formats(tmp_path) == {"m.onnx": "onnx", "m.weights": "onnx-weights"}
         made = onnx.load(str(tmp_path / "m.onnx"), load_external_data=False)
@@ -95,6 +113,16 @@ class TestAllowed:
         (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
         with pytest.raises(InvalidInputError, match=r"takes weights from '\.\./\.\./etc/passwd', outside"):
             inspect(tmp_path)
+
+    def test_onnx_with_weights_beside_it_that_mlflow_loads_as_such(self, tmp_path):
+        onnx = pytest.importorskip("onnx")
+        onnx.save(adds_weights(), str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.onnx.data")
+        (tmp_path / "MLmodel").write_text("flavors: {python_function: {loader_module: mlflow.onnx}}")
+        assert {file.path: file.format for file in check(tmp_path)} == {
+            "MLmodel": "mlmodel",
+            "m.onnx": "onnx",
+            "m.onnx.data": "onnx-weights",
+        }
 
     @pytest.mark.torch
     def test_torch_weights_and_programs(self, tmp_path):
@@ -110,6 +138,8 @@ class TestAllowed:
 PICKLES = {
     **{f"protocol {n}": bomb(n) for n in range(6)},
     "protocol 0, damaged after the call": bomb(0)[:-1] + b"\xff",
+    "a call of what is not installed": b"cnowhere\nrun\n(S'x'\ntR.",
+    "an import": b"cantigravity\nfly\n.",
     "builtins": pickle.dumps(Calls(builtins.eval, "1")),
     "getattr": pickle.dumps(Calls(getattr, Calls(__import__, "os"), "system")),
     "runpy": pickle.dumps(Calls(runpy.run_path, "/x")),
@@ -129,6 +159,42 @@ PICKLES = {
 
 
 class TestRefused:
+    @pytest.mark.parametrize(
+        ("loader", "kind"),
+        [
+            *(("mlflow.pyfunc.model", kind) for kind in PICKLES),
+            # Of what has no mark of its own nothing tells it from numbers, and this loader reads them as such.
+            *(("mlflow.onnx", kind) for kind in ("protocol 0", "protocol 4", "gzip", "npy", "torch", "by name")),
+        ],
+    )
+    def test_a_pickle_that_onnx_calls_its_weights(self, model, kind, loader):
+        pytest.importorskip("onnx")
+        folder = model()
+        name = "model.pkl" if kind == "by name" else "w.bin"
+        (folder / name).write_bytes(PICKLES[kind] or b"harmless")
+        (folder / "x.onnx").write_bytes(adds_weights(name, "MLmodel").SerializeToString())
+        text = (folder / "MLmodel").read_text()
+        (folder / "MLmodel").write_text(text.replace("loader_module: mlflow.xgboost", f"loader_module: {loader}"))
+        with pytest.raises(InvalidInputError, match=rf"is pickled .*{name.replace('.', '[.]')}"):
+            check(folder)
+
+    def test_a_description_that_onnx_calls_its_weights(self, model):
+        pytest.importorskip("onnx")
+        folder = model()
+        (folder / "x.onnx").write_bytes(adds_weights("MLmodel").SerializeToString())
+        text = (folder / "MLmodel").read_text()
+        (folder / "MLmodel").write_text(text.replace("loader_module: mlflow.xgboost", "loader_module: os"))
+        with pytest.raises(InvalidInputError, match="load the model with 'os'"):
+            check(folder)
+
+    def test_what_onnx_calls_its_weights_in_a_model_that_is_not_loaded_as_onnx(self, model):
+        pytest.importorskip("onnx")
+        folder = model()
+        (folder / "x.onnx").write_bytes(adds_weights("w.bin").SerializeToString())
+        (folder / "w.bin").write_bytes(bytes(range(256)))
+        with pytest.raises(InvalidInputError, match=r"no allowed format: w\.bin"):
+            check(folder)
+
     @pytest.mark.parametrize("kind", PICKLES)
     @pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])
     def test_a_pickle_in_whatever_it_hides(self, model, kind, name):
@@ -177,8 +243,9 @@ class TestRefused:
         with pytest.raises(InvalidInputError, match="two members of the archive have one name"):
             check(tmp_path)
 
-    def test_safetensors_with_a_hole(self, tmp_path):
-        header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}).encode()
+    @pytest.mark.parametrize("offsets", [[8, 12], [0, "x"], [0, 4, 12], [0]])
+    def test_safetensors_with_a_hole_or_no_offsets(self, tmp_path, offsets):
+        header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
         (tmp_path / "w").write_bytes(struct.pack("<Q", len(header)) + header + bytes(12))
         with pytest.raises(InvalidInputError, match=r"no allowed format: w"):
             check(tmp_path)

@@ -99,6 +99,17 @@ def test_what_becomes_of_a_verdict():
         operator().execute_complete(CONTEXT, {"status": "error", "error": "held", "retryable": False})
 
 
+def test_what_the_trigger_failed_of_is_told_though_mlflow_is_down(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    kept = {}
+    store = SimpleNamespace(get=kept.get, set=kept.__setitem__)
+    event = {"status": "error", "error": "held", "retryable": False, "kept": {"id": "r"}}
+    made = operator(model_uri="models:/flights/2", mlflow_tracking_uri="http://127.0.0.1:9")
+    with pytest.raises(AirflowFailException, match="held"):
+        made.execute_complete({**CONTEXT, "task_state_store": store}, event)
+    assert list(kept.values()) == [{"id": "r"}]
+
+
 @pytest.mark.parametrize(
     ("connection", "dashboard", "serve"),
     [

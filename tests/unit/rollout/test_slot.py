@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from airflow_mlops.exceptions import InvalidInputError
 from airflow_mlops.model_files.digest import model_digest
 
 
@@ -74,6 +75,20 @@ def test_only_the_files_that_were_registered_are_served(slot, tmp_path):
     (tmp_path / "boosted" / "added.txt").unlink()
     slot.reconfigure({"version": "3", "uri": path, "digest": digest})
     assert slot.describe()["ready"]
+
+
+def test_a_slot_of_an_older_package_is_refused_only_where_signatures_are_asked_for(caplog):
+    from airflow_mlops.rollout.targets.client import RayServeClient, Route
+
+    client = RayServeClient("http://ray:8265", "http://ray:8000")
+    held = {"version": "2", "uri": "/models/2", "revision": 1, "ready": True, "error": None}
+    wanted = {"version": "2", "revision": 1, "digest": "sha256:1"}
+    old, new = {"slots": {"a": held}}, {"slots": {"a": {**held, "digest": "sha256:0"}}}
+    assert Route(client, "late")._loaded(old, "a", wanted)
+    assert "runs an older airflow-mlops" in caplog.text
+    for report, route in ((old, Route(client, "late", require_digest=True)), (new, Route(client, "late"))):
+        with pytest.raises(InvalidInputError, match="was recorded when it was registered"):
+            route._loaded(report, "a", wanted)
 
 
 def test_a_model_whose_probabilities_cannot_be_had_is_not_asked_for_its_labels():
