@@ -172,9 +172,7 @@ class ModelRecordOperator(MlflowBaseOperator):
 
     def _record(self, context: Context, found: Any) -> ModelRecord:
         from airflow_mlops.provenance.assemble import assemble
-        from airflow_mlops.provenance.code import code_state, file_hashes
-        from airflow_mlops.provenance.record import read
-        from airflow_mlops.provenance.trace import RECORD_TAG
+        from airflow_mlops.provenance.code import code_state
 
         gate, canary = as_mapping(self.gate, "gate"), as_mapping(self.canary, "canary")
         registration, promotion = as_mapping(self.registration, "registration"), as_mapping(self.promotion, "promotion")
@@ -193,15 +191,42 @@ class ModelRecordOperator(MlflowBaseOperator):
             canary=canary,
             promotion={name: value for name, value in promotion.items() if name != "audit"},
             approvals=self.approvals,
-            artifacts=file_hashes(self.hook.model_dir(f"models:/{found.name}/{found.version}")),
+            artifacts=self._files(found),
             documentation=as_mapping(self.documentation, "documentation"),
             feature_service=None if is_blank(self.feature_service) else self.feature_service,
             entity_uri=None if is_blank(self.entity_uri) else self.entity_uri,
             audit=[result["audit"] for result in results if result.get("audit")],
         )
         record = replace(record, parameters=_masked(record.parameters))
-        earlier = found.tags.get(RECORD_TAG)
-        return _completed(read(earlier), record) if earlier else record
+        earlier = self._earlier(found)
+        return record if earlier is None else _completed(earlier, record)
+
+    def _files(self, found: Any) -> list[dict[str, Any]]:
+        """The hashes of the version's files, which must be those that were registered."""
+        from airflow_mlops.hooks._models import DIGEST
+        from airflow_mlops.model_files.digest import check_digest
+        from airflow_mlops.provenance.code import file_hashes
+
+        folder = self.hook.model_dir(f"models:/{found.name}/{found.version}")
+        if recorded := found.tags.get(DIGEST):
+            check_digest(folder, recorded, f"version {found.version} of {found.name}")
+        return file_hashes(folder)
+
+    def _earlier(self, found: Any) -> ModelRecord | None:
+        """The record that an earlier task has written; None where there is none, or it is gone."""
+        from airflow_mlops.provenance.record import find
+        from airflow_mlops.provenance.trace import RECORD_TAG
+
+        uri = found.tags.get(RECORD_TAG)
+        earlier = find(uri) if uri else None
+        if uri and earlier is None:
+            self.log.warning(
+                "the record of %s version %s is not at %s any more; the new one holds only what this task knows",
+                found.name,
+                found.version,
+                uri,
+            )
+        return earlier
 
     def _papers(self, record: ModelRecord, run: Any) -> dict[str, str]:
         """File name to content."""
@@ -249,12 +274,14 @@ def _completed(before: ModelRecord, now: ModelRecord) -> ModelRecord:
     merged: dict[str, Any] = {name: getattr(before, name) or getattr(now, name) for name in _FIRST}
     for field in fields(now):
         old, new = getattr(before, field.name), getattr(now, field.name)
-        if field.name in ("cost", "data", "training", "environment", "cluster"):
+        if field.name in ("cost", "data", "training", "environment", "cluster", "integrity"):
             merged[field.name] = _laid_over(old, new)
-        elif field.name == "audit":
+        elif field.name in ("audit", "approvals") and old and new:
+            # A later task need not have been told of what the earlier one put down.
             merged[field.name] = [*old, *(one for one in new if one not in old)]
         elif field.name not in _FIRST:
-            merged[field.name] = new if new not in (None, {}, ()) else old
+            # That there is none, such as nobody who was asked, is more than not to know.
+            merged[field.name] = new or (old if old or new is None else new)
     return replace(now, **merged)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -119,12 +121,13 @@ class S3:
         """Whether the bucket has Object Lock."""
         from botocore.exceptions import ClientError
 
-        try:
-            answer = self._client.get_object_lock_configuration(Bucket=self._bucket)
-        except ClientError as error:
-            if error.response["Error"]["Code"] == "ObjectLockConfigurationNotFoundError":
-                return False
-            raise self._away(error) from error
+        with self._reached():
+            try:
+                answer = self._client.get_object_lock_configuration(Bucket=self._bucket)
+            except ClientError as error:
+                if error.response["Error"]["Code"] == "ObjectLockConfigurationNotFoundError":
+                    return False
+                raise
         return answer["ObjectLockConfiguration"].get("ObjectLockEnabled") == "Enabled"
 
     def create(self, name: str, content: bytes) -> bool:
@@ -140,23 +143,20 @@ class S3:
         if self._retain_days:
             until = dt.datetime.now(dt.timezone.utc).replace(microsecond=0) + dt.timedelta(days=self._retain_days)
             lock = {"ObjectLockMode": "COMPLIANCE", "ObjectLockRetainUntilDate": until}
-        try:
-            self._put(name, content, IfNoneMatch="*", **lock)
-        except ClientError as error:
-            # 409: another conditional write of this name is under way, and may fail.
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
-                return False
-            raise self._away(error) from error
+        with self._reached():
+            try:
+                self._put(name, content, IfNoneMatch="*", **lock)
+            except ClientError as error:
+                # 409: another conditional write of this name is under way, and may fail.
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
+                    return False
+                raise
         return True
 
     def replace(self, name: str, content: bytes) -> None:
         """As :class:`AuditStore`; never locked, for it is only a hint."""
-        from botocore.exceptions import ClientError
-
-        try:
+        with self._reached():
             self._put(name, content)
-        except ClientError as error:
-            raise self._away(error) from error
 
     def _put(self, name: str, content: bytes, **more: Any) -> None:
         self._client.put_object(
@@ -167,12 +167,14 @@ class S3:
         """As :class:`AuditStore`."""
         from botocore.exceptions import ClientError
 
-        try:
-            return self._client.get_object(Bucket=self._bucket, Key=self._key(name))["Body"].read()
-        except ClientError as error:
-            if error.response["Error"]["Code"] == "NoSuchKey":
-                return None
-            raise self._away(error) from error
+        with self._reached():
+            try:
+                content: bytes = self._client.get_object(Bucket=self._bucket, Key=self._key(name))["Body"].read()
+            except ClientError as error:
+                if error.response["Error"]["Code"] == "NoSuchKey":
+                    return None
+                raise
+        return content
 
     def names(self, folder: str) -> list[str]:
         """As :class:`AuditStore`."""
@@ -199,19 +201,22 @@ class S3:
         return found
 
     def _pages(self, call: str, folder: str) -> list[Any]:
-        from botocore.exceptions import ClientError
-
-        try:
-            pages = self._client.get_paginator(call).paginate(Bucket=self._bucket, Prefix=self._key(f"{folder}/"))
-            return list(pages)
-        except ClientError as error:
-            raise self._away(error) from error
+        with self._reached():
+            pages = list(self._client.get_paginator(call).paginate(Bucket=self._bucket, Prefix=self._key(f"{folder}/")))
+        return pages
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
 
-    def _away(self, error: Exception) -> ExternalSystemError:
-        return ExternalSystemError(
-            f"the audit log at s3://{self._bucket}/{self._prefix} cannot be used: {error}; check the bucket, and that "
-            "the role may read, list and put there"
-        )
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Turns what S3 answers, and that it does not answer at all, into this package's error."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except (BotoCoreError, ClientError) as error:
+            raise ExternalSystemError(
+                f"the audit log at s3://{self._bucket}/{self._prefix} cannot be used: {error}; check the bucket, that "
+                "it can be reached from here, and that the role may read, list and put there"
+            ) from error

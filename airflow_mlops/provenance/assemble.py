@@ -22,6 +22,8 @@ _TRAINING = (
     "max_failures",
     "preemptible",
 )
+#: What the registration has put down of the files, and the tags it is in.
+_INTEGRITY = {"digest": "mlops.model_digest", "signature_uri": "mlops.signature_uri", "signed_by": "mlops.signed_by"}
 _SNAPSHOT = ("path", "md5", "nfiles", "size", "remote", "uri")
 _SET = ("uri", "manifest_uri", "sha256", "rows", "features", "label", "window", "late_rows", "unlabelled_rows")
 _GATE = (
@@ -41,6 +43,7 @@ _GATE = (
     "champion_version",
     "report_uri",
     "verdict_uri",
+    "approval",
 )
 _CANARY = (
     "verdict",
@@ -91,7 +94,8 @@ def assemble(
     :param gate: result of ``ModelGateOperator``
     :param canary: result of ``CanaryPromoteOperator``
     :param promotion: result of ``MlflowPromoteOperator``
-    :param approvals: answers of people; None where it is not known whether anybody was asked
+    :param approvals: answers of people besides those in the results; None where it is not known whether anybody was
+        asked
     """
     left = of_training((training or {}).get("run_dir") or tags.get("mlops.run_dir"))
     result, spec = {**left["result"], **(training or {})}, left["spec"]
@@ -124,9 +128,10 @@ def assemble(
         metrics=plain(result.get("metrics")),
         artifacts=plain(artifacts) if artifacts is not None else None,
         gate=_part(gate, _GATE),
-        approvals=_approvals(approvals, canary),
+        approvals=_approvals(approvals, gate, canary, promotion),
         canary=_part(canary, _CANARY),
         promotion=plain(promotion) if promotion else None,
+        integrity={name: tags.get(tag) for name, tag in _INTEGRITY.items()},
         documentation=plain(documentation or {}),
         audit=tuple(plain(entry) for entry in audit),
     )
@@ -144,14 +149,23 @@ def _part(value: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, An
     return plain({name: value[name] for name in names if name in value}) if value else None
 
 
-def _approvals(given: Sequence[Mapping[str, Any]] | None, canary: Mapping[str, Any] | None) -> list[Any] | None:
-    """What people said, in the gate and in the rollout."""
-    if given is None and not canary:
-        return None
-    said = [
-        {"about": f"rollout, step {step}", **answer}
-        for step, answer in sorted(((canary or {}).get("approvals") or {}).items())
+def _approvals(
+    given: Sequence[Mapping[str, Any]] | None,
+    gate: Mapping[str, Any] | None,
+    canary: Mapping[str, Any] | None,
+    promotion: Mapping[str, Any] | None,
+) -> list[Any] | None:
+    """What people said, in the gate, in the rollout and before the promotion."""
+    steps = sorted(((canary or {}).get("approvals") or {}).items())
+    answers = [
+        ("gate", (gate or {}).get("approval")),
+        *((f"rollout, step {step}", answer) for step, answer in steps),
+        ("promotion", (promotion or {}).get("approval")),
     ]
+    said = [{"about": about, **answer} for about, answer in answers if answer]
+    # After a gate that asked nobody, the rollout may yet ask.
+    if given is None and not said and not canary and not promotion:
+        return None
     return plain([*(given or ()), *said])
 
 

@@ -61,16 +61,18 @@ class Entry:
     def from_bytes(cls, content: bytes) -> tuple[Entry, str]:
         """The entry and the hash that is stored with it, which may be wrong.
 
-        :raises ValueError: it is no entry
+        :raises ValueError: it is no entry, or holds what no entry can: NaN, half a surrogate pair
         """
-        value = json.loads(content)
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-        digest = str(value.pop("sha256", ""))
         try:
-            return cls(**value), digest
-        except TypeError as error:
+            value = json.loads(content)
+            if not isinstance(value, dict):
+                raise ValueError("no JSON object")
+            digest = str(value.pop("sha256", ""))
+            entry = cls(**value)
+            entry.to_bytes()  # Python reads JSON that it would not write
+        except (TypeError, RecursionError) as error:
             raise ValueError(str(error)) from None
+        return entry, digest
 
     def to_anchor(self) -> dict[str, Any]:
         """``number`` and ``sha256``, to keep elsewhere."""
@@ -230,26 +232,24 @@ class AuditLog:
     def verify(self, anchors: Iterable[Mapping[str, Any]] = ()) -> Verification:
         """Follow the chain from its first entry; name the first link that does not hold.
 
-        :param anchors: ``number`` and ``sha256`` of entries, kept elsewhere
+        :param anchors: ``number`` and ``sha256`` of entries, kept elsewhere; of several for one number each must hold
         """
-        known = {int(anchor["number"]): str(anchor["sha256"]) for anchor in anchors}
-        pointer = self._store.read(_HEAD)
-        marks = self._store.tampered(_ENTRIES)
         # Both may be ahead of the entries only where some were removed.
-        told = {**_pointed(pointer), **known}
+        told = _pointed(self._store.read(_HEAD))
+        for anchor in anchors:
+            told.setdefault(int(anchor["number"]), set()).add(str(anchor["sha256"]))
+        marks = self._store.tampered(_ENTRIES)
         newest = max(self._numbers(), default=0)
         last = max([newest, *told])
         before = GENESIS
         for number in range(1, last + 1):
-            found = self._check(number, before, told.get(number), marks, newest)
+            found = self._check(number, before, told.get(number, set()), marks, newest)
             if isinstance(found, Break):
                 return Verification(number - 1, before, found)
             before = found
         return Verification(last, before, None)
 
-    def _check(
-        self, number: int, before: str, anchor: str | None, marks: Mapping[str, str], newest: int
-    ) -> Break | str:
+    def _check(self, number: int, before: str, anchors: set[str], marks: Mapping[str, str], newest: int) -> Break | str:
         """The hash of entry ``number``, or what is wrong with it."""
         name = _name(number)
 
@@ -277,8 +277,8 @@ class AuditLog:
                 f"it follows an entry with the hash {entry.previous}, and the one before it has {before}: this one or "
                 f"entry {number - 1} was written anew",
             )
-        if anchor is not None and anchor != digest:
-            return broken("rewritten", f"its hash was {anchor} and is {digest}: the log was written anew")
+        if others := sorted(anchors - {digest}):
+            return broken("rewritten", f"its hash was {', '.join(others)} and is {digest}: the log was written anew")
         return digest
 
 
@@ -295,9 +295,13 @@ def _name(number: int) -> str:
     return f"{_ENTRIES}/{number:012d}.json"
 
 
-def _pointed(pointer: bytes | None) -> dict[int, str]:
+def _pointed(pointer: bytes | None) -> dict[int, set[str]]:
+    """The number that the pointer names, and the hash if it names one: an entry of that number was there."""
     number = _number(pointer)
-    return {number: str(json.loads(pointer)["sha256"])} if pointer and number else {}
+    if pointer is None or number == 0:
+        return {}
+    digest = json.loads(pointer).get("sha256")
+    return {number: set() if digest is None else {str(digest)}}
 
 
 def _number(pointer: bytes | None) -> int:
@@ -306,5 +310,5 @@ def _number(pointer: bytes | None) -> int:
         return 0
     try:
         return int(json.loads(pointer)["number"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return 0

@@ -215,13 +215,16 @@ def _decisions(record: ModelRecord) -> list[Any]:
         else None,
         "Approvals": "nobody was asked"
         if record.approvals is not None and not record.approvals
-        else "; ".join(
-            f"{'approved' if said.get('approved') else 'rejected'} by {said.get('by')} ({said.get('about')})"
-            for said in record.approvals or ()
-        ),
+        else "; ".join(f"{_answer(said)} by {said.get('by')} ({said.get('about')})" for said in record.approvals or ()),
         "Audit log": ", ".join(f"{one.get('kind')}: entry {one['number']}" for one in record.audit),
     }
     return _facts(facts)
+
+
+def _answer(said: Mapping[str, Any]) -> str:
+    if not said.get("approved"):
+        return "rejected"
+    return "approved against the verdict" if said.get("overrode") else "approved"
 
 
 def _considerations(record: ModelRecord) -> list[Any]:
@@ -255,6 +258,9 @@ def _origin(record: ModelRecord) -> list[Any]:
         "Loop's source": code.get("entry_sha256"),
         "Dag bundle": " ".join(str(who[name]) for name in ("bundle", "bundle_version") if who.get(name)),
         "Run key": record.run_key,
+        "Digest of the files": record.get("integrity.digest"),
+        "Signed by": record.get("integrity.signed_by") or ("nobody" if record.get("integrity.digest") else None),
+        "Signature": record.get("integrity.signature_uri"),
     }
     files = [[file["path"], file["sha256"], file["size"]] for file in record.artifacts or ()]
     return [*_facts(facts), *([_Table(files, ("file of the model", "SHA-256", "bytes"))] if files else [])]

@@ -37,7 +37,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "environment": ("environment.image_digest", "environment.lock.sha256", "environment.python"),
     "cluster": ("cluster.ray_version", "cluster.nodes", "cluster.num_workers", "cluster.resources"),
     "cost": ("cost.gpu_hours", "cost.cpu_hours", "cost.wall_seconds", "cost.gpu_cost"),
-    "model": ("artifacts", "metrics"),
+    "model": ("artifacts", "integrity.digest", "metrics"),
     "gate": ("gate.passed",),
     "approvals": ("approvals",),
     "canary": ("canary.verdict",),
@@ -68,6 +68,8 @@ class ModelRecord:
     :param approvals: what people said: ``approved``, ``by``, ``about``; empty when nobody was asked
     :param canary: the rollout's verdict
     :param promotion: which alias moved, and from which version
+    :param integrity: ``digest`` of all the model's files as they were registered, ``signature_uri`` and ``signed_by``
+        where they are signed
     :param documentation: what no run can tell, see :mod:`airflow_mlops.provenance.card`
     :param audit: ``number`` and ``sha256`` of the audit log's entries on this version
     """
@@ -91,6 +93,7 @@ class ModelRecord:
     approvals: Sequence[Mapping[str, Any]] | None = None
     canary: Mapping[str, Any] | None = None
     promotion: Mapping[str, Any] | None = None
+    integrity: Mapping[str, Any] = field(default_factory=dict)
     documentation: Mapping[str, Any] = field(default_factory=dict)
     audit: Sequence[Mapping[str, Any]] = ()
 
@@ -139,12 +142,21 @@ def read(uri: str) -> ModelRecord:
 
     :raises InvalidInputError: nothing is there, or it is no record
     """
+    found = find(uri)
+    if found is None:
+        raise InvalidInputError(f"there is no record at {uri}; run the task that writes it (ModelRecordOperator)")
+    return found
+
+
+def find(uri: str) -> ModelRecord | None:
+    """The record at ``uri``, None where there is none.
+
+    :raises InvalidInputError: what is there is no record
+    """
     try:
         return ModelRecord.from_json(storage.read_json(uri))
     except FileNotFoundError:
-        raise InvalidInputError(
-            f"there is no record at {uri}; run the task that writes it (ModelRecordOperator)"
-        ) from None
+        return None
     except ValueError as error:
         if isinstance(error, InvalidInputError):
             raise

@@ -160,12 +160,12 @@ def _search(spec: TrainingSpec, meter: Meter, seconds: dict[str, float]) -> dict
 def _ray(spec: TrainingSpec, meter: Meter, seconds: dict[str, float]) -> Iterator[None]:
     import ray
 
-    with _timed(seconds, "ray"):
-        start_ray(spec)
-        write_environment(spec, cluster_facts())
-        # Ray has put a handler of its own in place, which would make a stop look like a failure.
-        signal.signal(signal.SIGTERM, _raise_stopped)
     try:
+        with _timed(seconds, "ray"):
+            start_ray(spec)
+            # Ray has put a handler of its own in place, which would make a stop look like a failure.
+            signal.signal(signal.SIGTERM, _raise_stopped)
+            write_environment(spec, cluster_facts())
         yield
     finally:
         meter.hold(0)

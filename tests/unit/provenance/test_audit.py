@@ -161,6 +161,46 @@ def test_a_log_written_anew_is_found_by_an_anchor(written, tmp_path):
     assert log.verify(anchors).intact
 
 
+def test_anchors_that_contradict_each_other_are_all_held_against_the_log(written):
+    log, folder = written
+    old = list(log.entries())[-1].to_anchor()
+    place(folder, 5).unlink()
+    (folder.parent / "head.json").unlink()
+    for key in (folder.parent / "keys").iterdir():
+        key.unlink()
+    new = log.append("gate", "k6", {"passed": True}).to_anchor()
+    assert old["number"] == new["number"] == 5 and log.verify([new]).intact
+    for anchors in ([old, new], [new, old]):
+        broken = log.verify(anchors).broken
+        assert (broken.number, broken.problem) == (5, "rewritten") and old["sha256"] in broken.detail
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"-Infinity", b'"\\ud800"', b"[" * 100_000 + b"]" * 100_000])
+def test_an_entry_that_python_reads_and_would_not_write_is_unreadable(written, value):
+    log, folder = written
+    replace(place(folder, 5), place(folder, 5).read_bytes().replace(b"0.5", value))
+    broken = log.verify().broken
+    assert (broken.number, broken.problem) == (5, "unreadable")
+    with pytest.raises(DataError, match="verify the log before anything is added"):
+        log.append("gate", "k6", {})
+
+
+@pytest.mark.parametrize(
+    ("pointer", "problem"),
+    [
+        ('{"number": 5}', None),
+        ('{"number": Infinity, "sha256": "?"}', None),
+        ('{"number": 6}', "truncated"),
+        ('{"number": 5, "sha256": "?"}', "rewritten"),
+    ],
+)
+def test_a_pointer_that_was_touched_breaks_no_verification(written, pointer, problem):
+    log, folder = written
+    replace(folder.parent / "head.json", pointer.encode())
+    broken = log.verify().broken
+    assert (broken and broken.problem) == problem
+
+
 @pytest.mark.parametrize(("attack", "error"), [(truncate, ConcurrentChangeError), (damage, DataError)])
 def test_nothing_is_added_to_a_log_whose_end_is_broken(written, attack, error):
     log, folder = written
@@ -342,3 +382,37 @@ class TestS3:
             AuditLog("s3://nowhere/audit").append("gate", "k", {})
         with pytest.raises(ExternalSystemError, match="NoSuchBucket"):
             verify("s3://nowhere/audit")
+
+    @pytest.mark.parametrize("reason", ["away", "no credentials"])
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda store: store.locks,
+            lambda store: store.create("entries/1.json", b"{}"),
+            lambda store: store.replace("head.json", b"{}"),
+            lambda store: store.read("head.json"),
+            lambda store: store.names("entries"),
+            lambda store: store.tampered("entries"),
+        ],
+        ids=["locks", "create", "replace", "read", "names", "tampered"],
+    )
+    def test_an_s3_that_does_not_answer_is_an_external_error(self, monkeypatch, tmp_path, use, reason):
+        settings = {
+            "ENDPOINT_URL": "http://127.0.0.1:9",
+            "MAX_ATTEMPTS": "1",
+            "DEFAULT_REGION": "us-east-1",
+            "EC2_METADATA_DISABLED": "true",
+            "CONFIG_FILE": str(tmp_path / "none"),
+            "SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+            if reason == "away":
+                monkeypatch.setenv(f"AWS_{name}", "a")
+            else:
+                monkeypatch.delenv(f"AWS_{name}", raising=False)
+        monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it keeps the credentials that it has found
+        words = "Could not connect" if reason == "away" else "Unable to locate credentials"
+        with pytest.raises(ExternalSystemError, match=f"s3://runs/audit cannot be used: {words}"):
+            use(S3("s3://runs/audit"))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import structlog
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops import environment, storage
 from airflow_mlops.exceptions import InvalidInputError
+from airflow_mlops.model_files.digest import model_digest
 from airflow_mlops.provenance import ModelRecord
 from airflow_mlops.provenance.code import code_state, entry_source
 from airflow_mlops.provenance.record import QUESTIONS, cost_of, plain, read, seeds_of
@@ -95,6 +98,35 @@ class TestOperator:
         for name in ("who", "when", "code", "data", "cost", "gate", "documentation", "parameters", "artifacts"):
             assert getattr(second, name) == getattr(first, name), name
 
+    def test_what_people_said_in_the_gate_and_before_the_promotion_is_put_down(self, world):
+        gate = {**world.gate, "approval": {"approved": True, "by": "ann", "overrode": True}}
+        promotion = {**world.promotion, "approval": {"approved": True, "by": "bob"}}
+        canary = {**world.canary, "approvals": {}}
+        result = world.record(world.register(), gate=gate, canary=canary, promotion=promotion)
+        record = record_of(result)
+        assert [(said["about"], said["by"]) for said in record.approvals] == [("gate", "ann"), ("promotion", "bob")]
+        assert record.get("gate.approval.overrode") is True
+        card = storage.read_bytes(result["card_uri"]).decode()
+        assert "approved against the verdict by ann (gate); approved by bob (promotion)" in card
+
+    def test_a_later_task_that_was_told_of_no_approvals_forgets_none(self, world):
+        registration = world.register()
+        asked = {**world.gate, "approval": {"approved": True, "by": "ann"}}
+        said = [{"about": "risk", "approved": True, "by": "eve"}]
+        world.record(registration, gate=asked, canary=None, promotion=None, approvals=said)
+        nobody = {**world.canary, "approvals": {}}
+        assert [one["by"] for one in record_of(world.record(registration, canary=nobody)).approvals] == ["eve", "ann"]
+        record = record_of(world.record(registration))
+        assert [one["by"] for one in record.approvals] == ["eve", "ann", "ada"]
+        assert record_of(world.record(registration)).approvals == record.approvals
+
+    def test_that_nobody_was_asked_completes_a_record_that_did_not_know(self, world):
+        registration = world.register()
+        first = record_of(world.record(registration, canary=None, promotion=None))
+        assert first.approvals is None
+        second = record_of(world.record(registration, canary={**world.canary, "approvals": {}}))
+        assert second.approvals == []
+
     def test_papers_go_to_s3_too(self, world, s3):
         result = world.record(world.register(), evidence_uri="s3://runs/papers")
         assert result["record_uri"] == "s3://runs/papers/late/1/record.json"
@@ -104,8 +136,55 @@ class TestOperator:
         world = recorded.world
         model = Path(world.hook.model_dir("models:/late/1"))
         (model / "model.ubj").write_bytes(b"another model")
+        with pytest.raises(AirflowFailException, match=r"version 1 of late has the digest sha256:.* was recorded"):
+            world.record(recorded.registration)
+
+    def test_files_of_a_version_without_a_digest_are_held_against_the_record(self, recorded):
+        world = recorded.world
+        world.hook.client.delete_model_version_tag("late", "1", "mlops.model_digest")
+        model = Path(world.hook.model_dir("models:/late/1"))
+        (model / "model.ubj").write_bytes(b"another model")
         with pytest.raises(AirflowFailException, match=r"the files \['model.ubj'\] of late version 1 are not those"):
             world.record(recorded.registration)
+
+    def test_files_that_changed_before_the_first_record_are_found(self, world):
+        registration = world.register()
+        model = Path(world.hook.model_dir("models:/late/1"))
+        (model / "model.ubj").write_bytes(b"another model")
+        with pytest.raises(AirflowFailException, match=r"version 1 of late has the digest sha256:.* was recorded"):
+            world.record(registration)
+        assert "mlops.record_uri" not in world.hook.version("late", "1").tags
+
+    def test_digest_and_signature_are_in_all_papers(self, world):
+        registration, client = world.register(), world.hook.client
+        unsigned = world.record(registration)
+        digest = model_digest(world.hook.model_dir("models:/late/1"))
+        assert record_of(unsigned).integrity == {"digest": digest, "signature_uri": None, "signed_by": None}
+        assert re.search(r"Signed by</td><td[^>]*>nobody", storage.read_bytes(unsigned["card_uri"]).decode())
+        client.set_model_version_tag("late", "1", "mlops.signature_uri", "/evidence/model.sig")
+        client.set_model_version_tag("late", "1", "mlops.signed_by", "release@example.com")
+        signed = world.record(registration)
+        facts = {"digest": digest, "signature_uri": "/evidence/model.sig", "signed_by": "release@example.com"}
+        assert record_of(signed).integrity == facts
+        properties = storage.read_json(signed["bom_uri"])["components"][0]["properties"]
+        told = {one["name"].removeprefix("mlops:"): one["value"] for one in properties}
+        assert facts.items() <= {**told, "digest": told.get("model_digest")}.items()
+        card = storage.read_bytes(signed["card_uri"]).decode()
+        assert all(fact in card for fact in facts.values())
+
+    def test_a_record_that_is_gone_is_written_anew(self, recorded):
+        world, uri = recorded.world, recorded.papers["record_uri"]
+        before = record_of(recorded.papers)
+        os.unlink(uri)
+        with structlog.testing.capture_logs() as logged:
+            assert world.record(recorded.registration) == recorded.papers
+        assert record_of(recorded.papers) == before
+        assert any(f"is not at {uri} any more" in line["event"] for line in logged)
+
+    def test_a_record_that_is_damaged_is_not_overwritten(self, recorded):
+        storage.write_bytes(recorded.papers["record_uri"], b"{")
+        with pytest.raises(AirflowFailException, match="is no JSON"):
+            recorded.world.record(recorded.registration)
 
     def test_nothing_registered_is_nothing_to_put_down(self, world):
         with pytest.raises(AirflowSkipException, match="no version was registered"):

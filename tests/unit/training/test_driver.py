@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import pytest
 
 from airflow_mlops import storage
 from airflow_mlops.exceptions import ExternalSystemError, InvalidInputError, TrainingError
-from airflow_mlops.training import usage
+from airflow_mlops.training import driver, usage
 from airflow_mlops.training.command import CommandLost
 from airflow_mlops.training.raytrain import Clusterless, is_infrastructure, require_capacity, trainer_class
 from airflow_mlops.training.spec import TrainingSpec
 
 
 def spec(**changes) -> TrainingSpec:
-    return TrainingSpec("pkg.mod:loop", "torch", "/runs", "r1", **changes)
+    return TrainingSpec(
+        **{"train_fn": "pkg.mod:loop", "trainer": "torch", "storage_path": "/runs", "run_key": "r1", **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,45 @@ def test_gpus_are_counted_while_they_are_held_and_by_the_workers_there_are(tmp_p
 )
 def test_whose_fault_an_error_is(error, infra):
     assert is_infrastructure(error) is infra
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Ray's own calls without a cluster; says whether one is joined, and takes SIGTERM over as ``ray.init`` does."""
+    import ray
+
+    state = {"joined": False}
+
+    def init(**_):
+        state["joined"] = True
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: state.update(joined=False))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
+    before = signal.getsignal(signal.SIGTERM)
+    yield state
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_stop_while_the_cluster_is_put_down_is_a_stop(tmp_path, joined, monkeypatch):
+    def stopped():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [{"Alive": True}]
+
+    monkeypatch.setattr("ray.nodes", stopped)
+    with pytest.raises(KeyboardInterrupt), driver._ray(spec(storage_path=str(tmp_path)), usage.Meter(), {}):
+        pass
+    assert joined == {"joined": False}
+
+
+def test_ray_is_left_where_the_cluster_cannot_be_put_down(tmp_path, joined):
+    (tmp_path / "runs").write_text("no folder")
+    lost = spec(storage_path=str(tmp_path / "runs"))
+    with pytest.raises(ExternalSystemError, match="cannot write"), driver._ray(lost, usage.Meter(), {}):
+        pass
+    assert joined == {"joined": False}
 
 
 def test_library_of_a_trainer_that_is_not_installed(monkeypatch):
