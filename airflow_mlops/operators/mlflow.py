@@ -9,6 +9,7 @@ from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
 from airflow_mlops.exceptions import ConcurrentChangeError, InvalidInputError, RegistryError
 from airflow_mlops.hooks._models import ALLOW_PICKLE, DIGEST, RUN_KEY, SIGNATURE, SIGNED_BY, findings_of
+from airflow_mlops.hooks.mlflow import SERVER_ONLY
 from airflow_mlops.operators._alias import ROLLED_BACK, compare_and_set, move_alias, refuse_rolled_back, to_move
 from airflow_mlops.operators._approval import ApprovalMixin
 from airflow_mlops.operators._audit import audited
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 # Rows of a training set from which the types of its columns are told.
 SCHEMA_ROWS = 100
-# Artifact stores that only an MLflow server can read.
-SERVER_ONLY = ("mlflow-artifacts:", "dbfs:", "databricks:")
 
 
 class MlflowRegisterOperator(MlflowBaseOperator):
