@@ -176,7 +176,7 @@ class ModelRecordOperator(MlflowBaseOperator):
 
         gate, canary = as_mapping(self.gate, "gate"), as_mapping(self.canary, "canary")
         registration, promotion = as_mapping(self.registration, "registration"), as_mapping(self.promotion, "promotion")
-        results = (gate, registration, canary, promotion)
+        results, training = (gate, registration, canary, promotion), as_mapping(self.training, "training")
         record = assemble(
             found.name,
             str(found.version),
@@ -186,7 +186,8 @@ class ModelRecordOperator(MlflowBaseOperator):
             code=code_state(_dag_folder(context) if is_blank(self.code_path) else str(self.code_path)),
             snapshot=as_mapping(self.snapshot, "snapshot"),
             training_set=as_mapping(self.training_set, "training_set"),
-            training=_masked(as_mapping(self.training, "training")),
+            # The run directory is read from, whatever Airflow takes for a secret in its name.
+            training=_masked(training) | {"run_dir": training.get("run_dir")},
             gate=gate,
             canary=canary,
             promotion={name: value for name, value in promotion.items() if name != "audit"},

@@ -119,7 +119,7 @@ def operator(models):
 
 def context(run):
     push = {"xcom_push": lambda key, value: None}
-    return {"ti": SimpleNamespace(dag_id="flights", task_id="canary", run_id=run, map_index=-1, **push)}
+    return {"ti": SimpleNamespace(id="0198", dag_id="flights", task_id="canary", run_id=run, map_index=-1, **push)}
 
 
 @pytest.fixture

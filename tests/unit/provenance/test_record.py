@@ -69,6 +69,13 @@ class TestOperator:
         parameters = record_of(recorded.papers).parameters
         assert (parameters["api_token"], parameters["max_tokens"]) == ("***", 5)
 
+    def test_a_run_directory_whose_name_holds_a_secret_is_read_all_the_same(self, world):
+        from airflow.sdk.log import mask_secret
+
+        # Any password may happen to be part of a path.
+        mask_secret(world.root.name)
+        assert record_of(world.record(world.register())).parameters["params"] == {"seed": 7, "eta": 0.1}
+
     def test_the_papers_lie_in_the_run_and_the_version_names_them(self, recorded):
         world = recorded.world
         run_id, client = recorded.registration["run_id"], world.hook.client
