@@ -214,21 +214,21 @@ def test_a_model_that_only_the_server_can_read_is_fetched_by_hook_and_slot_and_s
     key = ec.generate_private_key(ec.SECP256R1())
     text = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption()).decode()
     monkeypatch.setenv("AIRFLOW_CONN_SIGNER", json.dumps({"conn_type": "model_signing", "password": text}))
-    run = hook.client.create_run(hook.client.create_experiment("kept"))
+    run = hook.client.create_run(hook.client.create_experiment("fetched"))
     hook.client.log_artifacts(run.info.run_id, mlflow_models.good, "model")
     uri, digest = f"runs:/{run.info.run_id}/model", model_digest(mlflow_models.good)
     assert hook.artifact_location(uri).startswith("mlflow-artifacts:/")
-    hook.client.create_registered_model("kept")
+    hook.client.create_registered_model("fetched")
     tags = {"mlops.run_key": "k", "mlops.model_digest": digest}
-    hook.client.create_model_version("kept", hook.artifact_location(uri), run.info.run_id, tags=tags)
-    for place in (uri, "models:/kept/1"):
+    hook.client.create_model_version("fetched", hook.artifact_location(uri), run.info.run_id, tags=tags)
+    for place in (uri, "models:/fetched/1"):
         assert model_digest(hook.model_dir(place)) == digest
         slot = Slot.func_or_class()
         slot.reconfigure({"version": "1", "uri": place, "digest": digest})
         assert slot.describe()["ready"], slot.describe()["error"]
     with pytest.raises(InvalidInputError, match="only its server can read; give evidence_uri"):
-        hook.sign_version("kept", "1", "signer")
+        hook.sign_version("fetched", "1", "signer")
     assert not list(tmp_path.iterdir())
-    hook.sign_version("kept", "1", "signer", evidence_uri=f"{tmp_path}/evidence/")
-    assert hook.version("kept", "1").tags["mlops.signature_uri"] == f"{tmp_path}/evidence/kept-1.sig"
-    assert MlflowHook(tracking_uri=server, signing_conn_id="signer").models.open("models:/kept/1").digest == digest
+    hook.sign_version("fetched", "1", "signer", evidence_uri=f"{tmp_path}/evidence/")
+    assert hook.version("fetched", "1").tags["mlops.signature_uri"] == f"{tmp_path}/evidence/fetched-1.sig"
+    assert MlflowHook(tracking_uri=server, signing_conn_id="signer").models.open("models:/fetched/1").digest == digest
